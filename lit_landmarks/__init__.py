@@ -1,0 +1,1 @@
+"""Anatomical landmarks by heatmap regression."""
