@@ -1,0 +1,226 @@
+"""The LightningCLI that all tasks share.
+
+What it adds to Lightning's own: an `ema:` group, `--matmul_precision`, profiles by name, a command line that wins over what a
+checkpoint stores, a closing table, and errors of one line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lit_callbacks import EMA
+from rich.console import Console
+from rich.table import Table
+
+from lit_cli.errors import InputError
+from lit_cli.profiles import expand_profiles
+
+REFRESH_EVERY = 20  # batches; each refresh of the progress bar reads the loss and so waits for the device
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise `InputError` with the message on one line."""
+        raise InputError(" ".join(str(message).split())) from ex
+
+
+class LitCLI(LightningCLI):
+    """Command line of one task: one concrete module and one concrete data module.
+
+    Args:
+        model_class: The task's LightningModule.
+        datamodule_class: The task's LightningDataModule. Its `checkpoint_fields` names the arguments that validate, test
+            and predict take from a checkpoint.
+        package: Import name of the task, for profiles by name and the log folder.
+        args: Command line without the program's name; by default the process's.
+    """
+
+    def __init__(
+        self,
+        model_class: type[LightningModule],
+        datamodule_class: type[LightningDataModule],
+        package: str,
+        args: Sequence[str] | None = None,
+    ) -> None:
+        self.package = package
+        self.given = expand_profiles(package, list(sys.argv[1:] if args is None else args))
+        super().__init__(
+            model_class,
+            datamodule_class,
+            args=self.given,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"default_root_dir": os.path.join("logs", package.removeprefix("lit_"))},  # noqa: PTH118
+            seed_everything_default=0,
+            parser_class=OneLineParser,
+        )
+
+    # ---- arguments -------------------------------------------------------------------------------------------------
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The groups that every task has."""
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_argument(
+            "--matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="high",
+            help="float32 products: highest is exact, high uses TF32.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse without Lightning's remark on arguments given beside the command line."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Decide what a checkpoint's stored arguments mean.
+
+        In `fit` nothing: the command line describes the run, the checkpoint its state. In validate, test and predict
+        the stored model (and the data's `checkpoint_fields`) replace config files, and what was typed replaces both.
+        Lightning calls this private method between parsing and building; a test notices if it stops doing so.
+        """
+        subcommand = self.config.get("subcommand")
+        if subcommand is None:
+            return
+        path = self.config[subcommand].get("ckpt_path")
+        if not path:
+            return
+        if path not in ("best", "last", "hpc", "registry") and "://" not in str(path) and not Path(path).is_file():
+            raise InputError(f"--ckpt_path {path}: no such file")
+        if subcommand == "fit" or not Path(path).is_file():
+            return
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise InputError(f"--ckpt_path {path}: not a checkpoint ({str(error).splitlines()[0]:.100})") from error
+        stored: dict[str, dict[str, Any]] = {}
+        for key, group, only in (
+            ("hyper_parameters", "model", None),
+            ("datamodule_hyper_parameters", "data", getattr(self._datamodule_class, "checkpoint_fields", ())),
+        ):
+            values = {k: v for k, v in content.get(key, {}).items() if not k.startswith("_")}
+            stored[group] = values if only is None else {k: v for k, v in values.items() if k in only}
+        self.config = self.parser.parse_object({subcommand: stored}, self.config)
+        typed = typed_options(self.given, ("model", "data"))
+        if typed:
+            self.config = self.parser.parse_object({subcommand: self._parse_typed(subcommand, typed)}, self.config)
+
+    def _parse_typed(self, subcommand: str, typed: list[str]) -> dict[str, Any]:
+        parsed: Namespace = self._subcommand_parsers[subcommand].parse_args(typed, defaults=False, _skip_required=True)
+        return {k: v for k, v in parsed.as_dict().items() if k in ("model", "data")}
+
+    # ---- building and running --------------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Set what must hold before anything is built."""
+        precision = self._get(self.config, "matmul_precision")
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+            # cuDNN's convolutions have a switch of their own.
+            torch.backends.cudnn.allow_tf32 = precision != "highest"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add a progress bar that does not wait for the device at every batch, unless the user chose a bar."""
+        config = self._get(self.config_init, "trainer", default={})
+        callbacks = config.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            kwargs["callbacks"] = [*callbacks, TQDMProgressBar(refresh_rate=REFRESH_EVERY)]
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Print the last validation's figures and what the run left on disk."""
+        if self.trainer.interrupted:
+            return
+        print_summary(self.trainer, title=f"{self.package} fit, after {self.trainer.current_epoch} epochs")
+
+
+@rank_zero_only
+def print_summary(trainer: Trainer, title: str) -> None:
+    """Print every metric with a stage prefix, the checkpoints and the files that callbacks wrote (their `artifacts`)."""
+    console = Console(soft_wrap=True)
+    table = Table("metric", "value", title=title)
+    for name, value in sorted(trainer.callback_metrics.items()):
+        if "/" in name:
+            table.add_row(name, f"{float(value):.4g}")
+    if table.row_count:
+        console.print(table)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Checkpoint):
+            for label in ("best_model_path", "last_model_path"):
+                path = getattr(callback, label, "")
+                if path:
+                    console.print(f"{label.split('_')[0]} checkpoint: {path}")
+        for path in getattr(callback, "artifacts", ()):
+            console.print(f"{type(callback).__name__} wrote {path}")
+
+
+def typed_options(args: Sequence[str], groups: Sequence[str]) -> list[str]:
+    """The `--group.name value` and `--group.name=value` parts of a command line.
+
+    Example:
+        >>> typed_options(["test", "--model.tta", "[flip]", "--trainer.devices=2", "--data.fold=1"], ("model", "data"))
+        ['--model.tta', '[flip]', '--data.fold=1']
+    """
+    out: list[str] = []
+    taking = False
+    for arg in args:
+        if arg.startswith("--"):
+            taking = any(arg.startswith(f"--{group}.") for group in groups)
+        if taking:
+            out.append(arg)
+            if arg.startswith("--") and "=" in arg:
+                taking = False
+    return out
+
+
+def run(
+    model_class: type[LightningModule],
+    datamodule_class: type[LightningDataModule],
+    package: str,
+    args: Sequence[str] | None = None,
+    cli_class: type[LitCLI] = LitCLI,
+) -> LitCLI:
+    """Run a task's command line; errors that are the user's to mend end it with one line and status 2.
+
+    `LIT_TRACEBACK=1` shows the traceback as well.
+    """
+    program = package.replace("_", "-")
+    try:
+        return cli_class(model_class, datamodule_class, package, args)
+    except InputError as error:
+        _fail(program, str(error))
+    except MisconfigurationException as error:
+        _fail(program, str(error))
+    except torch.cuda.OutOfMemoryError as error:
+        _fail(
+            program,
+            f"out of GPU memory ({str(error).splitlines()[0]:.120}); halve --data.batch_size and double "
+            "--trainer.accumulate_grad_batches, or take a profile of a smaller card",
+        )
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _fail(program, f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+
+
+def _fail(program: str, message: str) -> NoReturn:
+    if os.environ.get("LIT_TRACEBACK"):
+        traceback.print_exc()
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+__all__ = ["LitCLI", "OneLineParser", "print_summary", "run", "typed_options"]

@@ -1,0 +1,547 @@
+"""The data module: reader, split, store and the batch on its way to the network."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lit_cli.errors import InputError
+from lit_landmarks.augment import AlbumentationsAugment, Augmentation, augment_batch
+from lit_landmarks.geometry import invert_affine, transform_points
+from lit_landmarks.readers import make_reader
+from lit_landmarks.samples import LandmarkSample, LandmarkTable, find_images
+from lit_landmarks.store import Prepared, default_cache_dir, prepare
+from lit_landmarks.synthetic import SyntheticCephalograms
+
+
+class LandmarkBatch(NamedTuple):
+    """A batch of B images with K landmarks each."""
+
+    image: Tensor  # (B, C, H, W) uint8 in the frame; float32 in [0, 1] once augmented
+    points: Tensor  # (B, K, 2) float32, frame pixels, NaN where missing
+    matrix: Tensor  # (B, 3, 3) float64, original pixels to frame pixels
+    target: Tensor  # (B, K, 2) float64, original pixels, NaN where missing
+    spacing: Tensor  # (B, 2) float64, mm per original pixel along x and y, NaN where unknown
+    index: Tensor  # (B,) int64, position in the split
+    seed: Tensor  # () int64 on the CPU: everything random about this batch follows from it
+
+
+class LandmarkData(LightningDataModule):
+    """Images with landmarks, resident on the device when they fit.
+
+    Args:
+        root: Data folder (or the CSV/JSON file itself).
+        format: Layout on disk; `auto` looks for what is there, `synthetic` draws images and needs no root.
+        annotator: Whose points to learn where a data set has two: `mean` of both (un-rounded), `junior` or `senior`.
+        pixel_size: mm per original pixel, one number or [x, y], where the files do not say.
+        image_size: Side of the frame, or [height, width], in pixels; multiples of 32. Images are letterboxed into it.
+        channels: 1 (grey) or 3 (RGB).
+        batch_size: Images per training step and device.
+        eval_batch_size: Images per evaluation step; by default `batch_size`.
+        holdout: Fraction of the training images kept out for validation, when the data has no `val` split of its own;
+            0 trains on all of them.
+        fold: Which hold-out: with `holdout=0.2`, folds 0 to 4 cover every training image once.
+        test_split: Name of the split that `test` uses; `auto` takes the first of test, test1, val.
+        store: `gpu` keeps the images on the device and samples by index, `ram` and `disk` feed it through loader workers,
+            `auto` takes the first that fits.
+        cache_dir: Folder of the decoded images; `none` keeps nothing on disk.
+        augment: Ranges of the augmentation; null switches it off.
+        augment_on: `device` (batched, after transfer) or `cpu` (albumentations in the loader workers).
+        flip_pairs: 0-based pairs of landmarks that change places in a left-right flip; [] if none do.
+        num_workers: Loader processes (`ram` and `disk` only, like the next three).
+        prefetch_factor: Batches each worker fetches ahead.
+        persistent_workers: Keep the workers between epochs.
+        pin_memory: Copy batches into page-locked memory.
+        drop_last: Leave out the last batch of an epoch if it is not full.
+        predict_dir: Folder of images (or one image) without labels, for `predict`.
+        synthetic_train: Training images of the synthetic format.
+        synthetic_test: Test images of the synthetic format.
+        seed: Seeds the hold-out, the order and the augmentation.
+
+    Raises:
+        InputError: with one line, before training starts, when something about the data is not as expected.
+    """
+
+    # Taken from a checkpoint unless the command line says otherwise: evaluation must see what training saw.
+    checkpoint_fields = ("image_size", "channels", "flip_pairs")
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        format: Literal["auto", "isbi2015", "kaggle_csv", "csv", "coco", "synthetic"] = "auto",
+        annotator: Literal["mean", "junior", "senior"] = "mean",
+        pixel_size: float | list[float] | None = None,
+        image_size: int | list[int] = 512,
+        channels: Literal[1, 3] = 1,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        holdout: float = 0.1,
+        fold: int = 0,
+        test_split: str = "auto",
+        store: Literal["auto", "gpu", "ram", "disk"] = "auto",
+        cache_dir: str | None = None,
+        augment: Augmentation | None = Augmentation(),  # noqa: B008 - never changed in place
+        augment_on: Literal["device", "cpu"] = "device",
+        flip_pairs: list[list[int]] | None = None,
+        num_workers: int = 4,
+        prefetch_factor: int = 4,
+        persistent_workers: bool = True,
+        pin_memory: bool = True,
+        drop_last: bool = True,
+        predict_dir: str | None = None,
+        synthetic_train: int = 96,
+        synthetic_test: int = 24,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        values = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        if isinstance(augment, dict):  # from a checkpoint's plain values
+            augment = Augmentation(**augment)
+        # Only plain values: a checkpoint with a dataclass in it would not open with weights_only=True.
+        values["augment"] = asdict(augment) if augment is not None else None
+        # Not to the logger: it refuses keys that the module has too, and config.yaml lies beside its files anyway.
+        self.save_hyperparameters(values, logger=False)
+        self._augment: Augmentation | None = augment
+        self.image_size = _frame(image_size)
+        self.channels = int(channels)
+        self.batch_size = batch_size
+        self.flip_pairs = flip_pairs
+        for name in ("batch_size", "synthetic_train", "synthetic_test"):
+            if values[name] < 1:
+                raise InputError(f"data.{name}: expected 1 or more, got {values[name]}")
+        if not 0 <= holdout < 1:
+            raise InputError(f"data.holdout: expected 0 or more and below 1, got {holdout}")
+        if fold < 0 or (holdout > 0 and (fold + 1) * holdout > 1 + 1e-6):
+            raise InputError(f"data.fold: with holdout {holdout} there are {int(1 / holdout)} folds from 0, got {fold}")
+        self._table: LandmarkTable | None = None
+        self._prepared: dict[str, Prepared] = {}
+        self._on_device: dict[tuple[str, torch.device], _Resident] = {}
+
+    # ---- what the module asks ------------------------------------------------------------------------------------
+
+    @property
+    def table(self) -> LandmarkTable:
+        """The samples of every split, read on first use."""
+        if self._table is None:
+            self._table = self._read()
+        return self._table
+
+    @property
+    def num_landmarks(self) -> int:
+        """K."""
+        return self.table.num_landmarks
+
+    @property
+    def landmark_names(self) -> list[str]:
+        """K names, in order."""
+        return list(self.table.landmark_names)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether a labelled data set was named (a folder to predict on needs none)."""
+        return self.hparams["root"] is not None or self.hparams["format"] == "synthetic"
+
+    def names(self, split: str) -> list[str]:
+        """Identifiers of a split's images, in the order of `LandmarkBatch.index`."""
+        return self._get(split).names
+
+    def prepared(self, split: str) -> Prepared:
+        """The decoded split: `train`, `val`, `test` or `predict`."""
+        return self._get(split)
+
+    # ---- Lightning's hooks ---------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Read, check and decode the splits of a stage, so that bad data ends the run before it starts."""
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
+        if self._augment is not None and stage == "fit":
+            try:
+                self._augment.check(self.num_landmarks, self.flip_pairs)
+            except ValueError as error:
+                raise InputError(str(error)) from error
+        for split in wanted:
+            self._get(split)
+        if stage in ("validate", "test") and not len(self._get(wanted[0])):
+            raise InputError(f"data: no images to {stage} on (data.holdout is {self.hparams['holdout']})")
+
+    def train_dataloader(self) -> Any:
+        """Batches of the training split, in an order that depends on the seed and the epoch alone."""
+        split = self._get("train")
+        if len(split) < 1:
+            raise InputError("data: no training images are left after the hold-out")
+        sampler = EpochBatches(
+            len(split),
+            min(self.batch_size, len(split)),
+            seed=self.hparams["seed"],
+            shuffle=True,
+            drop_last=self.hparams["drop_last"],
+            rank=self._rank,
+            world=self._world,
+        )
+        store = self._resolve_store(split)
+        if store == "gpu" and self.hparams["augment_on"] == "device":
+            return IndexLoader(self._resident("train"), sampler)
+        workers: int = self.hparams["num_workers"]
+        on_cpu = self._augment is not None and self.hparams["augment_on"] == "cpu"
+        transform = AlbumentationsAugment(self._augment, self.flip_pairs) if on_cpu and self._augment else None
+        return ResumableLoader(
+            BatchDataset(split, transform),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=self.hparams["prefetch_factor"] if workers else None,
+            persistent_workers=bool(self.hparams["persistent_workers"] and workers),
+            pin_memory=bool(self.hparams["pin_memory"] and torch.cuda.is_available()),
+            worker_init_fn=_quiet_worker,
+        )
+
+    def val_dataloader(self) -> Any:
+        """The hold-out (or the data's own `val` split) in order; none if nothing is held out."""
+        return self._in_order("val") if len(self._get("val")) else []
+
+    def test_dataloader(self) -> Any:
+        """The test split in order."""
+        return self._in_order("test")
+
+    def predict_dataloader(self) -> Any:
+        """The images of `predict_dir`, or the test split."""
+        return self._in_order("predict")
+
+    def on_after_batch_transfer(self, batch: LandmarkBatch, dataloader_idx: int) -> LandmarkBatch:
+        """Augment training batches where they lie."""
+        training = self.trainer is not None and self.trainer.training
+        if not training or self._augment is None or self.hparams["augment_on"] == "cpu":
+            return batch
+        out = augment_batch(batch.image, batch.points, self._augment, int(batch.seed), self.flip_pairs)
+        return batch._replace(image=out.image, points=out.points, matrix=out.matrix.double() @ batch.matrix)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; the seed stays on the host, where it is read."""
+        if not isinstance(batch, LandmarkBatch):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return LandmarkBatch(*(x.to(device, non_blocking=True) for x in batch[:-1]), batch.seed)
+
+    def teardown(self, stage: str) -> None:
+        """Release the device memory of the resident splits."""
+        self._on_device.clear()
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    def _read(self) -> LandmarkTable:
+        h = self.hparams
+        if h["format"] == "synthetic":
+            return SyntheticCephalograms(h["synthetic_train"], h["synthetic_test"], seed=h["seed"]).read()
+        if h["root"] is None:
+            raise InputError("data.root: name the data folder, as in --data.root /data/isbi2015")
+        size = h["pixel_size"]
+        pair = tuple(size) if isinstance(size, list) else size
+        return make_reader(h["format"], h["root"], h["annotator"], pair).read()
+
+    def _samples(self, split: str) -> list[LandmarkSample]:
+        h = self.hparams
+        if split == "predict" and h["predict_dir"] is not None:
+            return self._unlabelled(h["predict_dir"])
+        splits = self.table.splits
+        if split in ("test", "predict"):
+            name = h["test_split"]
+            if name == "auto":
+                name = next((n for n in ("test", "test1", "val") if splits.get(n)), "test")
+            if name not in splits:
+                raise InputError(f"data.test_split: {name!r} is not in this data set; it has {', '.join(splits)}")
+            return splits[name]
+        if "train" not in splits:
+            raise InputError(f"data: this data set has no training split, only {', '.join(splits)}")
+        train = splits["train"]
+        if splits.get("val"):
+            return splits[split]
+        order = np.random.default_rng(h["seed"]).permutation(len(train))
+        bounds = [round(len(train) * min(1.0, h["holdout"] * i)) for i in (h["fold"], h["fold"] + 1)]
+        held = set(order[bounds[0] : bounds[1]].tolist())
+        return [s for i, s in enumerate(train) if (i in held) == (split == "val")]
+
+    def _unlabelled(self, folder: str) -> list[LandmarkSample]:
+        path = Path(folder)
+        if not path.exists():
+            raise InputError(f"data.predict_dir: no file or folder {folder}")
+        size = self.hparams["pixel_size"]
+        spacing = None if size is None else (float(size), float(size)) if not isinstance(size, list) else tuple(size)
+        count = self.num_landmarks if self.has_labels else 0
+        files = [path] if path.is_file() else find_images(path)
+        nothing = np.full((count, 2), np.nan)
+        return [LandmarkSample(path=f, name=f.name, points=nothing, spacing=spacing) for f in files]  # type: ignore[arg-type]
+
+    def _get(self, split: str) -> Prepared:
+        if split not in self._prepared:
+            cache = self.hparams["cache_dir"]
+            folder = None if cache == "none" else Path(cache) if cache else default_cache_dir()
+            in_memory = self.hparams["store"] != "disk"
+            samples = self._samples(split)
+            if any(s.path is None for s in samples):
+                folder = None  # drawn images are cheaper to draw again than to keep
+            self._prepared[split] = prepare(samples, self.image_size, self.channels, folder, in_memory=in_memory)
+            if split != "predict" and samples and all(s.spacing is None for s in samples):
+                rank_zero_warn(
+                    f"data.pixel_size is unknown for the {split} images: errors are reported in PIXELS only, not in mm. "
+                    "Set --data.pixel_size (mm per pixel of the original images) for mm.",
+                    category=UserWarning,
+                )
+        return self._prepared[split]
+
+    def _resolve_store(self, split: Prepared) -> str:
+        store: str = self.hparams["store"]
+        if store != "auto":
+            return store
+        size = split.images.nbytes
+        device = self._device
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+            # A fifth leaves room for the network; beyond it the loader path is the safer default.
+            if size < 0.2 * free:
+                return "gpu"
+        elif size < 4 * 2**30:
+            return "gpu"  # without a GPU the device is the RAM, and no worker could be faster than an index
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 * 2**30
+        return "ram" if size < 0.5 * memory else "disk"
+
+    @property
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
+
+    def _resident(self, split: str) -> _Resident:
+        key = (split, self._device)
+        if key not in self._on_device:
+            prepared = self._get(split)
+            resident = self._resolve_store(prepared) == "gpu"
+            self._on_device[key] = _Resident(prepared, self._device, resident)
+            if resident:
+                rank_zero_info(
+                    f"{split}: {len(prepared)} images, {prepared.images.nbytes / 2**20:.0f} MiB on {self._device}"
+                )
+        return self._on_device[key]
+
+    def _in_order(self, split: str) -> IndexLoader:
+        data = self._resident(split)
+        size: int = self.hparams["eval_batch_size"] or self.batch_size
+        sampler = EpochBatches(len(data), size, shuffle=False, drop_last=False, rank=self._rank, world=self._world)
+        return IndexLoader(data, sampler)
+
+
+def _frame(image_size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    """(H, W) from one side or [height, width]."""
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or any(s < 32 or s % 32 for s in sides):
+        raise InputError(f"data.image_size: expected a multiple of 32, or [height, width] of such, got {image_size}")
+    return int(sides[0]), int(sides[1])
+
+
+def _quiet_worker(_: int) -> None:
+    """One OpenCV thread per worker: more of them only fight for the same cores."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+class EpochBatches(DistributedSampler):
+    """Yields whole batches as (indices, seed), from the seed and the epoch alone.
+
+    It is a `DistributedSampler` because that is what tells Lightning to leave sharding to it: each rank gets every
+    world-th index and, in evaluation, no index twice.
+
+    Args:
+        length: Number of samples.
+        batch_size: Samples per batch and rank.
+        shuffle: New order each epoch.
+        drop_last: Leave out a last batch that is not full; in training all ranks then make the same number of steps.
+        seed: Seeds order and augmentation.
+        rank: This process.
+        world: Number of processes.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        drop_last: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        super().__init__(range(length), world, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)  # type: ignore[arg-type]
+        self.length, self.batch_size = length, batch_size
+        self.start = 0  # batches to skip in the next pass, after a resume
+
+    def __len__(self) -> int:
+        """Batches of one epoch on this rank."""
+        if self.shuffle and self.drop_last:
+            return max(1, self.length // self.num_replicas // self.batch_size)
+        return math.ceil(len(range(self.rank, self.length, self.num_replicas)) / self.batch_size)
+
+    def order(self) -> Tensor:
+        """This rank's indices for the current epoch."""
+        if not self.shuffle:
+            return torch.arange(self.rank, self.length, self.num_replicas)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(self.length, generator=generator)[self.rank :: self.num_replicas]
+
+    def batch_seed(self, batch: int) -> int:
+        """Seed of a batch: different for every epoch, batch and rank."""
+        return int(np.random.SeedSequence((self.seed, self.epoch, batch, self.rank)).generate_state(1, np.uint32)[0])
+
+    def __iter__(self) -> Iterator[Any]:
+        order, start = self.order(), self.start
+        self.start = 0
+        for i in range(start, len(self)):
+            yield order[i * self.batch_size : (i + 1) * self.batch_size], self.batch_seed(i)
+
+
+class _Resident:
+    """A split as tensors on a device; images stay in host memory if they do not fit."""
+
+    def __init__(self, data: Prepared, device: torch.device, images_too: bool) -> None:
+        self.device = device
+        if images_too and not data.images.flags.writeable:
+            self.images: Any = torch.from_numpy(np.array(data.images)).to(device)
+        else:
+            self.images = torch.from_numpy(data.images).to(device) if images_too else data.images
+        self.points = data.points().to(device)
+        self.matrices = torch.from_numpy(data.matrices).to(device)
+        self.targets = torch.from_numpy(data.targets).to(device)
+        self.spacing = torch.from_numpy(data.spacing).to(device)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def batch(self, order: Tensor, host_order: Tensor, seed: int) -> LandmarkBatch:
+        """The samples `order` (indices on the device; `host_order` is the same on the host)."""
+        if isinstance(self.images, Tensor):
+            image = self.images[order]
+        else:
+            image = torch.from_numpy(np.ascontiguousarray(self.images[host_order.numpy()])).to(self.device)
+        return LandmarkBatch(
+            image,
+            self.points[order],
+            self.matrices[order],
+            self.targets[order],
+            self.spacing[order],
+            order,
+            torch.tensor(seed),
+        )
+
+
+class IndexLoader:
+    """A loader without workers: a batch is an index into tensors that lie on the device already.
+
+    Stateful, so that Lightning resumes in the middle of an epoch with the batch that would have come next.
+    """
+
+    def __init__(self, data: _Resident, sampler: EpochBatches) -> None:
+        self.data, self.sampler = data, sampler
+        self.dataset = range(len(data))
+        self.batch_sampler = None  # Lightning looks for it beside `sampler`
+        self._position = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[LandmarkBatch]:
+        # A generator: nothing runs before the first batch, when Lightning has told the sampler its epoch.
+        sampler, size = self.sampler, self.sampler.batch_size
+        order = sampler.order()
+        on_device = order.to(self.data.device)
+        self._position, sampler.start = sampler.start, 0
+        for i in range(self._position, len(sampler)):
+            part = slice(i * size, (i + 1) * size)
+            self._position = i + 1
+            yield self.data.batch(on_device[part], order[part], sampler.batch_seed(i))
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch were given out."""
+        return {"position": self._position % max(1, len(self))}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start the next pass there."""
+        self.sampler.start = state["position"]
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader over `EpochBatches` that knows how many batches it gave out."""
+
+    _position = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        sampler = self.sampler
+        assert isinstance(sampler, EpochBatches)
+        self._position = sampler.start
+        for batch in super().__iter__():
+            self._position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch were given out."""
+        return {"position": self._position % max(1, len(self))}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start the next pass there."""
+        sampler = self.sampler
+        assert isinstance(sampler, EpochBatches)
+        sampler.start = state["position"]
+
+
+class BatchDataset(Dataset):
+    """Whole batches for loader workers: uint8 images leave the worker, floats and heatmaps are made on the device."""
+
+    def __init__(self, data: Prepared, transform: AlbumentationsAugment | None) -> None:
+        self.data, self.transform = data, transform
+        self.points = data.points()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, item: tuple[Tensor, int]) -> LandmarkBatch:
+        order, seed = item
+        index = order.numpy()
+        image, points = np.ascontiguousarray(self.data.images[index]), self.points[order]
+        if self.transform is not None:
+            pairs = [
+                self.transform(i, p, seed + 7919 * n)
+                for n, (i, p) in enumerate(zip(image, points.numpy(), strict=True))
+            ]
+            image = np.stack([i for i, _ in pairs])
+            points = torch.from_numpy(np.stack([p for _, p in pairs]))
+        return LandmarkBatch(
+            torch.from_numpy(image),
+            points,
+            torch.from_numpy(self.data.matrices[index]),
+            torch.from_numpy(self.data.targets[index]),
+            torch.from_numpy(self.data.spacing[index]),
+            order,
+            torch.tensor(seed),
+        )
+
+
+def original_points(points: Tensor, matrix: Tensor) -> Tensor:
+    """Frame pixels back to original pixels, float64; the one place where geometry is inverted."""
+    return transform_points(invert_affine(matrix), points.double())
