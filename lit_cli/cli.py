@@ -1,7 +1,7 @@
 """The LightningCLI that all tasks share.
 
-What it adds to Lightning's own: an `ema:` group, `--matmul_precision`, profiles by name, a command line that wins over what a
-checkpoint stores, a closing table, and errors of one line.
+What it adds to Lightning's own: an `ema:` group, `--matmul_precision`, profiles by name, a command line that wins over
+what a checkpoint stores, a closing table, and errors of one line.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class LitCLI(LightningCLI):
 
     Args:
         model_class: The task's LightningModule.
-        datamodule_class: The task's LightningDataModule. Its `checkpoint_fields` names the arguments that validate, test
-            and predict take from a checkpoint.
+        datamodule_class: The task's LightningDataModule. Its `checkpoint_fields` names the arguments that validate,
+            test and predict take from a checkpoint.
         package: Import name of the task, for profiles by name and the log folder.
         args: Command line without the program's name; by default the process's.
     """
@@ -149,7 +149,7 @@ class LitCLI(LightningCLI):
 
 @rank_zero_only
 def print_summary(trainer: Trainer, title: str) -> None:
-    """Print every metric with a stage prefix, the checkpoints and the files that callbacks wrote (their `artifacts`)."""
+    """Print every metric with a stage prefix, the checkpoints and the files in the callbacks' `artifacts`."""
     console = Console(soft_wrap=True)
     table = Table("metric", "value", title=title)
     for name, value in sorted(trainer.callback_metrics.items()):

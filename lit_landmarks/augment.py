@@ -1,6 +1,7 @@
 """Augmentation for X-rays: one batched pass on the device, or albumentations per sample in loader workers.
 
-What is drawn depends on the batch's seed alone, so a resumed run sees the images that the interrupted one would have seen.
+What is drawn depends on the batch's seed alone, so a resumed run sees the images that the interrupted one would have
+seen.
 """
 
 from __future__ import annotations

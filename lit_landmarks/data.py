@@ -33,7 +33,7 @@ class LandmarkBatch(NamedTuple):
     matrix: Tensor  # (B, 3, 3) float64, original pixels to frame pixels
     target: Tensor  # (B, K, 2) float64, original pixels, NaN where missing
     spacing: Tensor  # (B, 2) float64, mm per original pixel along x and y, NaN where unknown
-    index: Tensor  # (B,) int64, position in the split
+    position: Tensor  # (B,) int64, position in the split
     seed: Tensor  # () int64 on the CPU: everything random about this batch follows from it
 
 
@@ -53,8 +53,8 @@ class LandmarkData(LightningDataModule):
             0 trains on all of them.
         fold: Which hold-out: with `holdout=0.2`, folds 0 to 4 cover every training image once.
         test_split: Name of the split that `test` uses; `auto` takes the first of test, test1, val.
-        store: `gpu` keeps the images on the device and samples by index, `ram` and `disk` feed it through loader workers,
-            `auto` takes the first that fits.
+        store: `gpu` keeps the images on the device and samples by index, `ram` and `disk` feed it through loader
+            workers, `auto` takes the first that fits.
         cache_dir: Folder of the decoded images; `none` keeps nothing on disk.
         augment: Ranges of the augmentation; null switches it off.
         augment_on: `device` (batched, after transfer) or `cpu` (albumentations in the loader workers).
@@ -154,7 +154,7 @@ class LandmarkData(LightningDataModule):
         return self.hparams["root"] is not None or self.hparams["format"] == "synthetic"
 
     def names(self, split: str) -> list[str]:
-        """Identifiers of a split's images, in the order of `LandmarkBatch.index`."""
+        """Identifiers of a split's images, in the order of `LandmarkBatch.position`."""
         return self._get(split).names
 
     def prepared(self, split: str) -> Prepared:
@@ -231,7 +231,8 @@ class LandmarkData(LightningDataModule):
         """Move a batch; the seed stays on the host, where it is read."""
         if not isinstance(batch, LandmarkBatch):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return LandmarkBatch(*(x.to(device, non_blocking=True) for x in batch[:-1]), batch.seed)
+        moved = {k: v.to(device, non_blocking=True) for k, v in batch._asdict().items() if k != "seed"}
+        return batch._replace(**moved)
 
     def teardown(self, stage: str) -> None:
         """Release the device memory of the resident splits."""
@@ -301,7 +302,7 @@ class LandmarkData(LightningDataModule):
             self._prepared[split] = prepare(samples, self.image_size, self.channels, folder, in_memory=in_memory)
             if split != "predict" and samples and all(s.spacing is None for s in samples):
                 rank_zero_warn(
-                    f"data.pixel_size is unknown for the {split} images: errors are reported in PIXELS only, not in mm. "
+                    f"data.pixel_size is unknown for the {split} images: errors are reported in PIXELS only, not mm. "
                     "Set --data.pixel_size (mm per pixel of the original images) for mm.",
                     category=UserWarning,
                 )

@@ -36,7 +36,7 @@ class Letterbox:
 
     @property
     def matrix(self) -> NDArray[np.float64]:
-        """3x3, source pixels to frame pixels. Rounding to whole pixels is part of it, so that it can be inverted exactly."""
+        """3x3, source pixels to frame pixels, with the rounding to whole pixels, so that its inverse is exact."""
         sy, sx = (i / s for i, s in zip(self.inner, self.source, strict=True))
         oy, ox = self.offset
         return np.array([[sx, 0, 0.5 * sx - 0.5 + ox], [0, sy, 0.5 * sy - 0.5 + oy], [0, 0, 1]], np.float64)

@@ -1,8 +1,9 @@
 """A training step as two CUDA graphs: one launch forward, one launch backward.
 
-HRNet launches thousands of small kernels a step and the host cannot feed a fast card with them. The graphs are captured by
-hand instead of with `torch.cuda.make_graphed_callables` because that function hands every gradient back to autograd, which
-clones each of them (about a thousand launches for HRNet-W32); here gradients are written once, where the optimizer reads.
+HRNet launches thousands of small kernels a step and the host cannot feed a fast card with them. The graphs are captured
+by hand instead of with `torch.cuda.make_graphed_callables` because that function hands every gradient back to autograd,
+which clones each of them (about a thousand launches for HRNet-W32); here gradients are written once, where the
+optimizer reads.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ class GraphedStep:
         module: Owns the parameters that get gradients and the buffers that warm-up must not disturb.
         warmup: Eager runs before the capture (cuDNN's choices, lazily built handles, compilation).
 
-    The returned loss works with `loss.backward()` under gradient accumulation, gradient clipping and a GradScaler. Hooks on
-    parameters do not fire, so it serves one device, not DDP. Inputs of other shapes than the captured ones run eagerly.
+    The returned loss works with `loss.backward()` under gradient accumulation, gradient clipping and a GradScaler.
+    Hooks on parameters do not fire, so it serves one device, not DDP. Inputs of other shapes than the captured ones run
+    eagerly.
     """
 
     def __init__(self, step: Callable[..., Tensor], module: nn.Module, warmup: int = 3) -> None:
@@ -46,7 +48,7 @@ class GraphedStep:
         self._anchor = torch.zeros((), device=inputs[0].device, requires_grad=True)
         saved = [(b, b.clone()) for b in self._module.buffers()]
         rng = torch.cuda.get_rng_state(inputs[0].device)
-        # The cache of autocast would hold casts of the weights made before the capture, which replays would go on using.
+        # Autocast's cache would hold casts of the weights made before the capture: replays would go on using those.
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         torch.clear_autocast_cache()

@@ -98,6 +98,7 @@ class HighResolutionBranch(nn.Module):
         self.channels: int = self.net.feature_info.channels()[0]
 
     def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, channels, H / 4, W / 4)."""
         return self.net(images)[0]
 
 
@@ -120,6 +121,7 @@ class Pyramid(nn.Module):
         self.channels = channels
 
     def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, channels, H / stride, W / stride)."""
         features = self.net(images)
         x: Tensor | None = None
         for index, lateral in zip(reversed(self.used), reversed(list(self.lateral)), strict=True):
@@ -180,6 +182,7 @@ class SmpBody(nn.Module):
         return 64 // out.shape[-1]
 
     def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, channels, H / stride, W / stride)."""
         return self.decoder(self.encoder(images))
 
 

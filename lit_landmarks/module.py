@@ -83,7 +83,8 @@ class LitLandmarks(LightningModule):
         tta_scales: Scales of `multiscale`, each rounded to a multiple of 32 pixels; heatmaps are averaged in the frame.
         ensemble: Checkpoints whose heatmaps are averaged with this module's in validate, test and predict.
         channels_last: NHWC memory format.
-        compile: `blocks` compiles the residual blocks (seconds), `full` the whole network (minutes for HRNet). Only on a GPU.
+        compile: `blocks` compiles the residual blocks (seconds), `full` the whole network (minutes for HRNet). Only on
+            a GPU.
         cuda_graph: Replay forward and backward pass as CUDA graphs; one GPU only, ignored elsewhere.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         init_from: Checkpoint whose weights (EMA weights if it has them) training starts from; schedule and optimizer
@@ -250,8 +251,8 @@ class LitLandmarks(LightningModule):
         body = [k for k in missing if not k.startswith("head.")]
         if body:
             raise InputError(
-                f"model.init_from: {path} lacks {len(body)} tensors of this network, first {body[0]}; expected the same "
-                "backbone and decoder"
+                f"model.init_from: {path} lacks {len(body)} tensors of this network, first {body[0]}; expected the "
+                "same backbone and decoder"
             )
         self.net.load_state_dict(fitting, strict=False)
         rank_zero_info(f"weights from {path}: {len(fitting)} tensors" + (f", new: {missing}" if missing else ""))
@@ -455,7 +456,7 @@ class LitLandmarks(LightningModule):
             "score": found.score,
             "sd": spread,
             "spacing": batch.spacing,
-            "index": batch.index,
+            "index": batch.position,
         }
 
     @torch.no_grad()

@@ -46,12 +46,12 @@ def overlay(
     zoom = max(1.0, least_side / image.shape[1])
     canvas = np.ascontiguousarray(np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3)))
     if zoom > 1:
-        canvas = cv2.resize(canvas, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_LINEAR)
+        canvas = np.asarray(cv2.resize(canvas, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_LINEAR), np.uint8)
     radius = max(2, round(canvas.shape[0] / 200))
 
     def place(point: NDArray[np.floating[Any]]) -> tuple[int, int]:
         scaled = ((point + 0.5) * zoom - 0.5) * (1 << SUBPIXEL)
-        return int(round(float(scaled[0]))), int(round(float(scaled[1])))
+        return round(float(scaled[0])), round(float(scaled[1]))
 
     def dot(at: tuple[int, int], color: tuple[int, int, int]) -> None:
         cv2.circle(canvas, at, radius << SUBPIXEL, color, -1, cv2.LINE_AA, SUBPIXEL)
@@ -103,7 +103,7 @@ class _Seen(NamedTuple):
     image: NDArray[np.uint8]
     points: NDArray[np.float32]
     target: NDArray[np.float32]
-    index: int
+    position: int
 
 
 class LandmarkPlots(Callback):
@@ -190,7 +190,7 @@ class LandmarkPlots(Callback):
             if len(self._heap) >= self.worst and mean <= self._heap[0].error:
                 continue
             image = batch.image[i].cpu().numpy()
-            seen = _Seen(mean, self._count, image, points[i], target[i], int(batch.index[i]))
+            seen = _Seen(mean, self._count, image, points[i], target[i], int(batch.position[i]))
             (heapq.heappushpop if len(self._heap) >= self.worst else heapq.heappush)(self._heap, seen)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,7 +216,7 @@ class LandmarkPlots(Callback):
         board = [lg.experiment for lg in trainer.loggers if isinstance(lg, TensorBoardLogger)]
         self.artifacts = []
         for rank, seen in enumerate(sorted(self._heap, reverse=True), start=1):
-            file = files[seen.index] if seen.index < len(files) else str(seen.index)
+            file = files[seen.position] if seen.position < len(files) else str(seen.position)
             picture = overlay(
                 seen.image, seen.points, seen.target, names, f"{file}  mean error {seen.error:.2f} {unit}"
             )

@@ -1,4 +1,4 @@
-"""Where decoded images live: every image is read and letterboxed once, as uint8, and found again by the hash of what made it."""
+"""Where decoded images live: each is read and letterboxed once, as uint8, and found again by a hash of what made it."""
 
 from __future__ import annotations
 
@@ -105,6 +105,7 @@ def prepare(
             _save(sizes_path, sizes)
             if _save(path, images) and not in_memory:
                 images = np.load(path, mmap_mode="r")
+    assert images is not None
     num_landmarks = len(samples[0].points) if samples else 0
     return Prepared(
         images=images,

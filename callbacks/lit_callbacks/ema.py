@@ -151,7 +151,7 @@ class EMA(Callback):
         if self._owner:
             self._remove_load_handle()
             # A module-level function, so that the module can still be pickled.
-            0 and pl_module.register_load_state_dict_pre_hook(_match_compiled_names)
+            self._load_handle = pl_module.register_load_state_dict_pre_hook(_match_compiled_names)
 
     def _first(self, trainer: Trainer) -> EMA:
         return next((cb for cb in trainer.callbacks if isinstance(cb, EMA) and cb.enabled), self)  # pyright: ignore[reportAttributeAccessIssue]

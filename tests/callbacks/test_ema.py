@@ -193,6 +193,7 @@ def test_decay_at_ramps_and_ends_at_the_limit():
         ({}, {}, {}),
         ({"warmup": False}, {"warmup": False}, {}),
         ({"every_n_steps": 3}, {"every": 3}, {}),
+        ({"every_n_steps": 3, "warmup": False}, {"every": 3, "warmup": False}, {}),
         ({"start_step": 5}, {"start_step": 5}, {}),
         ({"start_epoch": 1}, {"start_step": BATCHES}, {}),
         ({"start_step": 2, "start_epoch": 1}, {"start_step": BATCHES}, {}),
@@ -316,8 +317,9 @@ def test_tied_weights_are_averaged_once(tmp_path):
     model = toy()
     model.twin = nn.Linear(4, 8)
     model.twin.weight = model.net[0].weight
-    recorder = Recorder()
-    trainer, _ = fit(tmp_path, recorder, EMA(decay=0.9), model=model)
+    recorder, ema = Recorder(), EMA(decay=0.9)
+    trainer, _ = fit(tmp_path, recorder, ema, model=model)
+    assert ("net.0.weight" in ema._average.average) + ("twin.weight" in ema._average.average) == 1
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     saved = read(tmp_path / "a.ckpt")
     for key in ("state_dict", "current_model_state"):
@@ -348,6 +350,18 @@ def test_live_evaluation_leaves_the_average_to_the_files(tmp_path):
     close(weights(model), average)
     trainer.test(model, loader(), ckpt_path="best", verbose=False)
     close(model.seen["test_step"], average)
+
+
+def test_an_exception_in_a_live_test_gives_the_average_back(tmp_path):
+    def boom(*_):
+        raise ZeroDivisionError
+
+    trainer, model = fit(tmp_path, EMA(decay=0.9, evaluate="live"))
+    before = weights(model)
+    trainer.callbacks.append(Do("on_test_batch_start", boom))
+    with pytest.raises(ZeroDivisionError):
+        trainer.test(model, loader(), verbose=False)
+    assert same(weights(model), before)
 
 
 def test_before_the_start_live_weights_are_used_and_saved(tmp_path):
@@ -455,6 +469,17 @@ def test_a_checkpoint_saved_inside_validation_is_not_swapped(tmp_path):
     close(read(tmp_path / "a.ckpt")["state_dict"], average)
     close(read(tmp_path / "a.ckpt")["current_model_state"], recorder.weights[-1])
     close(read(tmp_path / "b.ckpt")["state_dict"], average)
+
+
+def test_a_checkpoint_saved_between_step_and_update_has_the_update(tmp_path):
+    save = Do("on_train_batch_end", lambda t, *_: t.save_checkpoint(tmp_path / "a.ckpt"))
+    recorder = Recorder()
+    _, model = fit(tmp_path, recorder, save, EMA(decay=0.9))
+    saved = read(tmp_path / "a.ckpt")
+    average, updates = reference(recorder)
+    assert saved["averaging_state"]["n_averaged"] == saved["callbacks"]["EMA[ema]"]["n_averaged"] == updates
+    close(saved["state_dict"], average)
+    close(weights(model), average)
 
 
 @pytest.mark.parametrize("hook", ["on_validation_batch_start", "on_train_batch_start"])
@@ -618,6 +643,25 @@ def test_a_second_fit_respects_weights_loaded_in_between(tmp_path):
     close(weights(model), reference(recorder)[0])
 
 
+def test_all_instances_start_anew_together(tmp_path):
+    first, second = EMA(decay=0.9, name="a"), EMA(decay=0.5, name="b")
+    _, model = fit(tmp_path, first, second)
+    model.load_state_dict(toy().state_dict())
+    with pytest.warns(UserWarning, match="no longer holds"):
+        fit(tmp_path, first, second, model=model, max_epochs=1)
+    assert first.n_averaged == second.n_averaged == BATCHES
+
+
+def test_a_run_that_diverged_to_nan_keeps_its_state(tmp_path):
+    def poison(trainer, pl_module):
+        with torch.no_grad():
+            pl_module.net[0].bias.fill_(float("nan"))
+
+    trainer, _ = fit(tmp_path, Do("on_train_epoch_start", poison), EMA(decay=0.9))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert read(tmp_path / "a.ckpt")["averaging_state"]["n_averaged"] == 2 * BATCHES
+
+
 def test_resuming_without_an_average_warns_and_starts_one(tmp_path):
     fit(tmp_path, ModelCheckpoint(tmp_path, save_last=True), max_epochs=1)
     recorder = Recorder()
@@ -671,6 +715,30 @@ def test_a_learning_rate_finder_beside_it_changes_nothing(tmp_path):
     assert ema.n_averaged == 2 * BATCHES
     close(recorder.weights[0], double(toy()))
     close(weights(model), reference(recorder)[0])
+
+
+@pytest.mark.parametrize("early", ["finder", "save"])
+def test_what_saves_before_our_fit_start_keeps_a_resumed_average(tmp_path, early):
+    fit(tmp_path, EMA(decay=0.9), ModelCheckpoint(tmp_path, save_last=True), max_epochs=1)
+    saved, ema, seen = read(tmp_path / "last.ckpt"), EMA(decay=0.9), {}
+
+    def look(trainer, pl_module):
+        seen["live"] = weights(pl_module)
+        seen["average"] = {k: v.clone() for k, v in ema._average.average.items()}
+        seen["n"] = ema.n_averaged
+
+    finder = LearningRateFinder(num_training_steps=3, update_attr=False)
+    save = Do("on_fit_start", lambda t, _: t.save_checkpoint(tmp_path / "early.ckpt"))
+    callback = finder if early == "finder" else save
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ckpt = tmp_path / "last.ckpt"
+        fit(tmp_path, callback, ema, Do("on_train_start", look), ckpt=ckpt, enable_checkpointing=True)
+    assert same(seen["live"], saved["current_model_state"])
+    assert same(seen["average"], {k: v for k, v in saved["state_dict"].items() if "num_batches" not in k})
+    assert seen["n"] == BATCHES
+    if early == "save":
+        close(read(tmp_path / "early.ckpt")["state_dict"], saved["state_dict"], rtol=0, atol=0)
 
 
 # ------------------------------------------------------------ bad settings
