@@ -44,8 +44,8 @@ def device_name() -> str:
 class Results:
     """Rows in a JSON file, each found again by its key, so that a script continues where it was interrupted.
 
-    Every row is its key, its values and where they come from: commit, date, torch and device. A row with an `error` does
-    not count as present: the next run tries it again and replaces it.
+    Every row is its key, its values and where they come from: commit, date, torch and device. A row with an `error`
+    does not count as present: the next run tries it again and replaces it.
 
     Args:
         path: The file; it is written after every row and need not exist.
@@ -62,13 +62,8 @@ class Results:
 
     def add(self, key: Row, values: Row) -> Row:
         """Write a row, in the place of an older one with the same key."""
-        origin = {
-            "commit": commit(),
-            "date": datetime.now(UTC).date().isoformat(),
-            "torch": torch.__version__,
-            "device": device_name(),
-        }
-        row = {**key, **values, **origin}
+        origin = {"commit": commit(), "date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__}
+        row = {**key, **values, **origin, "device": device_name()}
         index = self._index(key)
         if index is None:
             self.rows.append(row)
@@ -81,8 +76,7 @@ class Results:
         return row
 
     def _index(self, key: Row) -> int | None:
-        hits = (i for i, row in enumerate(self.rows) if all(row.get(k) == v for k, v in key.items()))
-        return next(hits, None)
+        return next((i for i, row in enumerate(self.rows) if key.items() <= row.items()), None)
 
 
 class Spread(NamedTuple):
@@ -148,5 +142,5 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
 """What every landmark profile needs and does: peak memory, speed, and whether it fits the card that it is named after.
 
-Each profile goes through the real command line and the real Trainer: augmentation, EMA, clipping, optimizer state and one
-validation included; only weights from the network, loggers and checkpoints are left out. The allocator is limited to the
+Each profile goes through the real command line and the real Trainer, with augmentation, EMA, clipping, optimizer
+state and one validation; only downloaded weights, loggers and checkpoints are left out. The allocator is limited to the
 memory of the profile's card (its header names it) less what a CUDA context takes there. Memory therefore transfers to
 the card as far as the kernels are the same; speed does not, so it is given relative to rtx3070ti_balanced on the same
 device. The largest batches that the original guide promises for 8 GB are tried as well.
@@ -62,7 +62,9 @@ class Window(Callback):
         self.seen = 0
         self.laps: Laps | None = None
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Start after `skip` batches, then mark each of `count`."""
         self.seen += 1
         if self.seen == self.skip:
@@ -204,6 +206,7 @@ def measure(options: argparse.Namespace, results: Results) -> None:
             print(f"deadline: stopped before {name}; the same command goes on from here")
             return
         start = time.monotonic()
+        row: Row
         try:
             row = run(profile, extra, memory, options)
         except Exception as error:  # one profile's fault must not cost the others
@@ -266,6 +269,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--write-headers", action="store_true", help="only copy the results into the profiles")
     parser.add_argument("--tiny", action="store_true", help="dry run on the CPU: small network, 64 px, two steps")
     options = parser.parse_args(args)
+    if options.tiny:
+        torch.set_num_threads(1)  # at this size threads only wait for each other
     unknown = set(options.only) - {case[0] for case in cases([])}
     if unknown:
         parser.error(f"--only: no profile {', '.join(sorted(unknown))}")

@@ -482,6 +482,22 @@ class LitLandmarks(LightningModule):
 
     # ---- optimizers ------------------------------------------------------------------------------------------------
 
+    @property
+    def _has_scaler(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip a fused optimizer's gradients too where nothing scales them; Lightning refuses that in mixed precision."""
+        if self._has_scaler or gradient_clip_algorithm == "value" or not gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with cosine decay, counted in optimizer steps of the whole run."""
         h, trainer = self.hparams, self.trainer
@@ -496,9 +512,9 @@ class LitLandmarks(LightningModule):
             {"params": [p for p in trained if p.ndim > NO_DECAY_DIMENSIONS], "weight_decay": h["weight_decay"]},
             {"params": [p for p in trained if p.ndim <= NO_DECAY_DIMENSIONS], "weight_decay": 0.0},
         ]
-        # Under a GradScaler a fused optimizer unscales inside its kernel, and Lightning then refuses to clip gradients.
-        scaled = str(trainer.precision) == "16-mixed" and self.device.type == "cuda"
-        optimizer = torch.optim.AdamW(groups, lr=lr, fused=not (scaled and trainer.gradient_clip_val))
+        # Under a GradScaler a fused optimizer unscales inside its kernel, too late for clipping.
+        fused = not (self._has_scaler and trainer.gradient_clip_val)
+        optimizer = torch.optim.AdamW(groups, lr=lr, fused=fused)
         total = max(1, int(trainer.estimated_stepping_batches))
 
         def factor(step: int) -> float:

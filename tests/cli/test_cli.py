@@ -218,7 +218,17 @@ def test_two_files_each_set_one_key_of_a_group(capsys, tmp_path):
 
 
 def test_typed_options_keep_lists_and_negative_numbers_together():
-    args = ["test", "--config", "demo", "--model.sdr_thresholds", "[1, 2]", "--trainer.devices", "1", "--data.seed", "-1"]
+    args = [
+        "test",
+        "--config",
+        "demo",
+        "--model.sdr_thresholds",
+        "[1, 2]",
+        "--trainer.devices",
+        "1",
+        "--data.seed",
+        "-1",
+    ]
     assert typed_options(args, ("model", "data")) == ["--model.sdr_thresholds", "[1, 2]", "--data.seed", "-1"]
 
 
@@ -281,7 +291,16 @@ def test_what_was_typed_wins_over_a_checkpoint(trained):
 
 def test_a_second_stage_starts_from_weights_alone(trained):
     first, path = trained
-    second = ["--data.image_size", "96", "--model.init_from", str(path), "--model.lr", "1e-9", "--model.weight_decay", "0"]
+    second = [
+        "--data.image_size",
+        "96",
+        "--model.init_from",
+        str(path),
+        "--model.lr",
+        "1e-9",
+        "--model.weight_decay",
+        "0",
+    ]
     cli = main(["fit", *SMALL, *second, "--model.stride", "2"])
     assert cli.trainer.global_step == 1  # the schedule starts anew
     ours, theirs = cli.model.state_dict(), first.model.state_dict()

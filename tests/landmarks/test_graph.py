@@ -22,7 +22,8 @@ def make(network: nn.Module, precision: torch.dtype | None):
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_same_training_as_eager(precision, accumulate):
+def test_losses_and_gradients_are_the_eager_ones(precision, accumulate):
+    """Both start each optimizer step from the same weights, since tiny differences would grow from step to step."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
@@ -30,28 +31,27 @@ def test_same_training_as_eager(precision, accumulate):
     captured = copy.deepcopy(eager)
     graphed = GraphedStep(make(captured, precision), captured)
     plain = make(eager, precision)
-    optimizers = [torch.optim.AdamW(n.parameters(), lr=1e-3, fused=True) for n in (eager, captured)]
-    for i in range(12):
-        images = torch.rand(4, 1, 64, 64, device="cuda")
-        target = torch.rand(4, 3, 16, 16, device="cuda")
-        a, b = plain(images, target), graphed(images, target)
-        torch.testing.assert_close(a, b, rtol=2e-3 if precision is None else 5e-2, atol=1e-4)
-        for loss in (a, b):
-            (loss / accumulate).backward()
-        if i == 0:
-            for (name, p), q in zip(eager.named_parameters(), captured.parameters(), strict=True):
-                if precision is None:
-                    torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=name)
-        if i % accumulate == accumulate - 1:
-            for n, o in zip((eager, captured), optimizers, strict=True):
-                torch.nn.utils.clip_grad_norm_(n.parameters(), 1.0)
-                o.step()
-                o.zero_grad()
+    optimizer = torch.optim.AdamW(captured.parameters(), lr=1e-3, fused=True)
+    tolerance = 1e-3 if precision is None else 5e-2
+    for step in range(3):
+        eager.load_state_dict(captured.state_dict())
+        eager.zero_grad()
+        for _ in range(accumulate):
+            images = torch.rand(4, 1, 64, 64, device="cuda")
+            target = torch.rand(4, 3, 16, 16, device="cuda")
+            a, b = plain(images, target), graphed(images, target)
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-4)
+            for loss in (a, b):
+                (loss / accumulate).backward()
+        for (name, p), q in zip(eager.named_parameters(), captured.named_parameters(), strict=True):
+            difference = (p.grad - q[1].grad).norm() / p.grad.norm().clamp(min=1e-6)
+            assert difference < 10 * tolerance, (step, name, float(difference))
+        torch.nn.utils.clip_grad_norm_(captured.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
     # BatchNorm statistics: warm-up must have left none of its own behind.
-    mean = dict(eager.named_buffers())["body.net.bn1.running_mean"]
-    other = dict(captured.named_buffers())["body.net.bn1.running_mean"]
-    torch.testing.assert_close(mean, other, rtol=1e-2, atol=1e-3)
-    assert int(dict(captured.named_buffers())["body.net.bn1.num_batches_tracked"]) == 12
+    counters = {int(v) for k, v in captured.state_dict().items() if k.endswith("num_batches_tracked")}
+    assert counters == {3 * accumulate}
 
 
 def test_other_shapes_run_eagerly():

@@ -1,0 +1,340 @@
+"""Write the measured tables of README.md and docs/*.md from benchmarks/results/*.json.
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; whatever is there is replaced. What has no results
+yet says so. A page without such marks is left alone.
+
+    python benchmarks/tables.py
+    python benchmarks/tables.py --check     # change nothing, exit with status 1 if a page is not current
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Report = dict[str, Any]
+
+ROOT = Path(__file__).parents[1]
+SECTION = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+MARK = re.compile(r"<!-- (?:table:[\w-]+|/table) -->")
+NOT_MEASURED = "Not measured yet."
+REFERENCE = "rtx3070ti_balanced"  # profiles are compared with it
+GUIDE_LIMIT = "guide limit"  # names of rows that try the original guide's largest batches
+BASELINE = "plain fp32"  # throughput is compared with it, at its largest number of workers
+DECODERS = ("argmax", "quarter", "centroid", "softargmax", "dark")
+SDR = ("sdr_2mm", "sdr_2.5mm", "sdr_3mm", "sdr_4mm")
+NONE = "–"  # noqa: RUF001 - the sign for an empty cell
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the first column is text, the others are numbers.
+
+    >>> print(markdown(["a", "b"], [["x", "1"]]))
+    | a | b |
+    |---|---:|
+    | x | 1 |
+    """
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(header) - 1), *lines[1:]])
+
+
+def number(value: Any, digits: int = 1) -> str:
+    """A number with fixed decimals; a dash for None."""
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Different values in the order of their first appearance.
+
+    >>> listed(["b", None, "a", "b"])
+    'b, a'
+    """
+    return ", ".join(dict.fromkeys(str(v) for v in values if v))
+
+
+def origin(rows: Sequence[Row]) -> str:
+    """One sentence: on which device, at which commit, when and with which torch the rows were measured."""
+    devices = listed(row.get("device") for row in rows)
+    found = [("commit", "commit"), ("", "date"), ("torch", "torch")]
+    parts = [f"{label} {listed(row.get(key) for row in rows)}".strip() for label, key in found]
+    return f"Measured on {devices or 'an unnamed device'}: {'; '.join(parts)}."
+
+
+def mean_sd(values: Sequence[float], digits: int) -> str:
+    """Mean, and the standard deviation where there are several values.
+
+    >>> mean_sd([1.0, 1.2], 2), mean_sd([1.0], 2)
+    ('1.10 ± 0.14', '1.00')
+    """
+    mean = number(statistics.fmean(values), digits)
+    return mean if len(values) < 2 else f"{mean} ± {number(statistics.stdev(values), digits)}"
+
+
+def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by the values of some keys, in the order of their first appearance."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return groups
+
+
+# ---- tables: a report of results/*.json to markdown -----------------------------------------------------------------
+
+
+def profiles(report: Report) -> str:
+    """Memory and relative speed of every profile, then the largest batches that the original guide names."""
+    rows = [row for row in report["rows"] if "error" not in row]
+    own = [row for row in rows if not row["name"].startswith(GUIDE_LIMIT)]
+    limits = [row for row in rows if row["name"].startswith(GUIDE_LIMIT)]
+    if not own:
+        return NOT_MEASURED
+    text = (
+        f"{origin(own)} The allocator was limited to the memory of the profile's card less 0.5 GB. Memory holds for "
+        f"that card as far as its kernels are the same; speed does not, hence the ratio to `{REFERENCE}`."
+    )
+    text = f"{_profile_table(sorted(own, key=_by_name), own)}\n\n{text}"
+    if limits:
+        text += f"\n\nThe largest batches that the original guide names for 8 GB:\n\n{_profile_table(limits, own)}"
+    return text
+
+
+def _by_name(row: Row) -> tuple[bool, str]:
+    return row["name"] != REFERENCE, row["name"]
+
+
+def _profile_table(rows: Sequence[Row], all_rows: Sequence[Row]) -> str:
+    reference = next((row for row in all_rows if row["name"] == REFERENCE), {})
+    header = ["profile", "card", "frame", "batch", "precision", "peak reserved", "allocated", "samples/s", "ratio"]
+    return markdown(header, [_profile_cells(row, reference) for row in rows])
+
+
+def _profile_cells(row: Row, reference: Row) -> list[str]:
+    accumulate = row.get("accumulate", 1)
+    batch = f"{row['batch']}" + (f" x {accumulate}" if accumulate > 1 else "")
+    name = row["name"] if row["name"].startswith(GUIDE_LIMIT) else f"`{row['name']}`"
+    card = f"{row['card_gb']} GB" if row.get("card_gb") else NONE
+    fixed = [name, card, row["frame"], batch, row["precision"]]
+    if not row["fits"]:
+        return [*fixed, "does not fit", NONE, NONE, NONE]
+    comparable = reference.get("samples_s") and reference.get("device") == row.get("device") and row.get("samples_s")
+    ratio = f"{row['samples_s'] / reference['samples_s']:.2f}" if comparable else NONE
+    memory = [number(row.get(key), 2) + " GB" if row.get(key) is not None else NONE for key in _MEMORY]
+    return [*fixed, *memory, number(row.get("samples_s"), 0), ratio]
+
+
+_MEMORY = ("reserved_gb", "allocated_gb")
+
+
+def isbi2015(report: Report) -> str:
+    """Errors on Test1 by run, then those on hold-outs of the training images, by which settings were chosen."""
+    rows = [row for row in report["rows"] if "error" not in row]
+    test1 = [row for row in rows if not row.get("holdout")]
+    held = [row for row in rows if row.get("holdout")]
+    parts: list[str] = []
+    if test1:
+        parts.append(_isbi_table(test1))
+        parts.append(
+            f"{origin(test1)} Test1, 150 images, 19 landmarks, trained on the 150 training images; seeds: mean ± sd. "
+            "The interval is the bootstrap 95 % interval of the MRE over images, the widest of the seeds. Images are "
+            "those of the challenge at half size (967 x 1200, 0.2 mm per pixel), re-encoded with loss."
+        )
+    if held:
+        parts += ["Hold-outs of the training images:", _isbi_table(held), origin(held)]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _isbi_table(rows: Sequence[Row]) -> str:
+    header = ["run", "truth", "TTA", "seeds", "MRE mm", "interval", "SDR 2 mm", "2.5 mm", "3 mm", "4 mm", "training"]
+    groups = grouped(rows, "name", "annotator", "tta", "holdout")
+    return markdown(header, [_isbi_cells(key, members) for key, members in groups.items()])
+
+
+def _isbi_cells(key: tuple[Any, ...], rows: Sequence[Row]) -> list[str]:
+    name, annotator, tta, holdout = key
+    intervals = [row["mre_interval"] for row in rows if row.get("mre_interval")]
+    interval = (
+        f"{min(low for low, _ in intervals):.2f} to {max(high for _, high in intervals):.2f}" if intervals else NONE
+    )
+    seconds = [row["train_s"] for row in rows if row.get("train_s")]
+    folds = len({row.get("fold") for row in rows})
+    seeds = str(len({row.get("seed") for row in rows})) + (f", {folds} folds" if holdout and folds > 1 else "")
+    return [
+        name,
+        annotator or "mean",
+        tta or "none",
+        seeds,
+        mean_sd([row["mre"] for row in rows], 3),
+        interval,
+        *(mean_sd([row[key] for row in rows], 1) for key in SDR),
+        f"{statistics.fmean(seconds):.0f} s" if seconds else NONE,
+    ]
+
+
+def isbi2015_landmarks(report: Report) -> str:
+    """Errors of each landmark, for the first run on Test1 that has them; mean over its seeds."""
+    rows = [row for row in report["rows"] if row.get("per_landmark") and not row.get("holdout")]
+    if not rows:
+        return NOT_MEASURED
+    rows = next(iter(grouped(rows, "name").values()))
+    cells = []
+    for same in zip(*(row["per_landmark"] for row in rows), strict=True):
+        figures = [number(statistics.fmean(one[key] for one in same), d) for key, d in _LANDMARK_FIGURES]
+        cells.append([same[0]["name"], *figures])
+    header = ["landmark", "MRE mm", "SD mm", "median mm", "SDR 2 mm", "SDR 4 mm"]
+    return f"{markdown(header, cells)}\n\nRun {rows[0]['name']}, mean of {len(rows)} seeds. {origin(rows)}"
+
+
+_LANDMARK_FIGURES = (("mre", 2), ("sd", 2), ("median", 2), ("sdr_2mm", 1), ("sdr_4mm", 1))
+
+
+def throughput(report: Report) -> str:
+    """Samples per second of each step, one column per network and image side, with the ratio to the plain loop."""
+    rows: list[Row] = report["rows"]
+    if not rows:
+        return NOT_MEASURED
+    columns = grouped(rows, "network", "side")
+    cells = []
+    for (step, workers), members in grouped(rows, "step", "workers").items():
+        name = step if workers is None else f"{step}, {workers} workers"
+        found = {(row["network"], row["side"]): row for row in members}
+        cells.append([name, *(_rate(found.get(column), columns[column]) for column in columns)])
+    header = ["step", *(f"{network} {side}" for network, side in columns)]
+    batch = listed(row.get("batch") for row in rows)
+    text = (
+        f"Training samples per second and, in brackets, the ratio to `{BASELINE}` with the most workers. Batch "
+        f"{batch}, one GPU, medians of windows of whole steps. Steps marked + keep those above them. {origin(rows)}"
+    )
+    return f"{markdown(header, cells)}\n\n{text}"
+
+
+def _rate(row: Row | None, column: Sequence[Row]) -> str:
+    if row is None:
+        return NONE
+    if "error" in row:
+        return "failed"
+    plain = [r for r in column if r["step"] == BASELINE and r.get("samples_per_s")]
+    if not plain:
+        return number(row["samples_per_s"], 0)
+    base = max(plain, key=lambda r: r["workers"] or 0)
+    return f"{row['samples_per_s']:.0f} ({row['samples_per_s'] / base['samples_per_s']:.1f}x)"
+
+
+def codec(report: Report) -> str:
+    """What the codec costs when the maps are noisy."""
+    return _codec(report, [row for row in report["rows"] if row["noise"]])
+
+
+def codec_all(report: Report) -> str:
+    """What the codec costs, with and without noise."""
+    return _codec(report, report["rows"])
+
+
+def _codec(report: Report, rows: Sequence[Row]) -> str:
+    if not rows:
+        return NOT_MEASURED
+    cells = []
+    for (size, stride, sigma, centre, noise), members in grouped(rows, *_CODEC_CASE).items():
+        found = {row["method"]: row["mre_mm"] for row in members}
+        case = [size, str(stride), number(sigma), centre, f"{100 * noise:.0f} %"]
+        cells.append([*case, *(number(found.get(method), 3) for method in DECODERS)])
+    header = ["frame", "stride", "sigma", "centre", "noise", *DECODERS]
+    frame = report["frame"]
+    text = (
+        f"Mean error in mm of encoding and decoding alone, without a network. {report['count']} landmarks "
+        f"({report['landmarks']}) in {frame['width']} x {frame['height']} pixels of {frame['mm_per_px']} mm; sigma in "
+        "heatmap pixels; `integer` rounds the centre of the Gaussian to a heatmap pixel; noise relative to the peak. "
+        f"{origin([{'device': 'cpu', **report}])}"
+    )
+    return f"{markdown(header, cells)}\n\n{text}"
+
+
+_CODEC_CASE = ("input", "stride", "sigma_heatmap_px", "centre", "noise")
+
+TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
+    "profiles": ("profiles", profiles),
+    "isbi2015": ("isbi2015", isbi2015),
+    "isbi2015-landmarks": ("isbi2015", isbi2015_landmarks),
+    "throughput": ("throughput", throughput),
+    "codec": ("codec", codec),
+    "codec-all": ("codec", codec_all),
+}
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+def filled(page: str, table: Callable[[str], str]) -> str:
+    r"""A page with every section replaced.
+
+    Args:
+        page: Markdown.
+        table: From the name of a section to its content.
+
+    Raises:
+        ValueError: a mark is without its partner.
+
+    >>> filled("a\n<!-- table:x -->\nold\n<!-- /table -->\nb", lambda name: f"new {name}")
+    'a\n<!-- table:x -->\nnew x\n<!-- /table -->\nb'
+    """
+    if len(MARK.findall(page)) != 2 * len(SECTION.findall(page)):
+        raise ValueError("a <!-- table:NAME --> or <!-- /table --> is without its partner")
+    return SECTION.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", page)
+
+
+def table_of(name: str, results: Path) -> str:
+    """Content of a section.
+
+    Raises:
+        ValueError: there is no table of that name.
+    """
+    if name not in TABLES:
+        raise ValueError(f"no table {name!r}; there are {', '.join(TABLES)}")
+    file, make = TABLES[name]
+    path = results / f"{file}.json"
+    return make(json.loads(path.read_text())) if path.is_file() else NOT_MEASURED
+
+
+def outdated(root: Path = ROOT) -> dict[Path, str]:
+    """Pages of a checkout that are not current, with what they should contain.
+
+    Raises:
+        ValueError: naming the page, if its marks make no sense.
+    """
+    pages: dict[Path, str] = {}
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        if not path.is_file():
+            continue
+        text = path.read_text()
+        try:
+            new = filled(text, lambda name: table_of(name, root / "benchmarks" / "results"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if new != text:
+            pages[path] = new
+    return pages
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Write the pages that are not current, or only name them; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a page is not current")
+    check = parser.parse_args(args).check
+    pages = outdated()
+    for path, text in pages.items():
+        print(f"{path.relative_to(ROOT)}: {'not current' if check else 'written'}")
+        if not check:
+            path.write_text(text)
+    return int(check and bool(pages))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
