@@ -1,7 +1,8 @@
 """ISBI 2015 cephalograms: train on the 150 training images, report Test1.
 
-A run is a profile plus overrides, trained through the command line users have, with a fixed schedule and its last EMA weights:
-no test image takes part in any choice. With `--holdout` nothing of Test1 is read; that is the mode for choosing settings.
+A run is a profile plus overrides, trained through the command line users have, with a fixed schedule and its last EMA
+weights: no test image takes part in any choice. With `--holdout` nothing of Test1 is read; that is the mode for
+choosing settings.
 
     python benchmarks/isbi2015.py --root /data/isbi2015 --pixel_size 0.2 --seeds 0 1 2
     python benchmarks/isbi2015.py --root ... --name wide --holdout 0.2 --fold 0 --seeds 0 -- --model.backbone hrnet_w48

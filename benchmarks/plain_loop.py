@@ -1,7 +1,8 @@
 """The loop that people write first, as the baseline: per-sample albumentations and heatmaps in loader workers.
 
-Same network and same optimizer as ours, so that a ratio says what the way of a sample costs, not what the network does. Images
-are already decoded and resized in memory; `FileSamples` also reads and resizes the file each time, as many loops do.
+Same network and same optimizer as ours, so that a ratio says what the way of a sample costs, not what the network does.
+Images are already decoded and resized in memory; `FileSamples` also reads and resizes the file each time, as many loops
+do.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-import albumentations as A  # noqa: N812
+import albumentations as A
 import cv2
 import numpy as np
 import torch

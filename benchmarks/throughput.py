@@ -1,8 +1,9 @@
 """Training samples per second, from a plain Lightning loop to ours, one change at a time, in one process on one GPU.
 
-Every row trains the same network with AdamW through a real `Trainer` on images that are decoded and resized already (rows
-`files` excepted). Rates are medians over windows of whole steps after a warm-up, with a synchronisation at the windows' ends
-only; start-up, the loader's included, and compilation are reported apart as `first_s`.
+Every row trains the same network with AdamW through a real `Trainer` on images that are decoded and resized already
+(rows `files` excepted). Rates are medians over windows of whole steps after a warm-up, with a synchronisation at the
+windows' ends only; start-up, the loader's included, and compilation are reported apart as `first_s`. `peak_gb` is what
+the allocator reserved, since captured graphs keep their memory in a pool that counts as free.
 
     python benchmarks/throughput.py --out benchmarks/results/throughput.json [--only hrnet_w32,512] [--tiny]
 """
@@ -14,13 +15,16 @@ import gc
 import statistics
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from common import Results
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from plain_loop import FileSamples, MemorySamples, PlainLandmarks, loader
 
 from lit_landmarks.data import LandmarkData
@@ -30,6 +34,19 @@ from lit_landmarks.samples import LandmarkSample, LandmarkTable
 
 NETWORKS = {"hrnet_w32": ("hrnet_w32", "branch"), "unet_r34": ("resnet34", "Unet")}
 POINTS = 19
+Store = Literal["auto", "gpu", "ram", "disk"]
+Compile = Literal["off", "blocks", "full"]
+Run = tuple[LightningModule, dict[str, Any]]  # a module and the data arguments of `Trainer.fit`
+
+
+class Step(NamedTuple):
+    """A row to measure."""
+
+    name: str
+    workers: int | None
+    make: Callable[[], Run]
+    precision: str
+    matmul: str
 
 
 class Timer(Callback):
@@ -42,7 +59,7 @@ class Timer(Callback):
         self.begin = time.perf_counter()
         self._mark, self._steps, self._due = 0.0, 0, 0
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Count, and look at the clock only when a window is over."""
         step = trainer.global_step
         if step == 1:
@@ -54,8 +71,6 @@ class Timer(Callback):
             per_step = (time.perf_counter() - self._probe) / (self.warmup - 1)
             self._steps = max(3, int(self.seconds / per_step))
             self._mark, self._due = time.perf_counter(), step + self._steps
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
         elif step == self._due:
             self._sync()
             now = time.perf_counter()
@@ -94,7 +109,7 @@ def rate(module: Any, data: dict[str, Any], precision: str, timer: Timer, matmul
         "low": round(min(timer.rates), 1),
         "high": round(max(timer.rates), 1),
         "first_s": round(timer.first_s, 1),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if torch.cuda.is_available() else 0.0,
+        "peak_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2) if torch.cuda.is_available() else 0.0,
     }
 
 
@@ -112,7 +127,7 @@ class InMemory(LandmarkSample):
         return self.name
 
 
-def our_data(images: np.ndarray, points: np.ndarray, batch: int, workers: int, store: str) -> LandmarkData:
+def our_data(images: np.ndarray, points: np.ndarray, batch: int, workers: int, store: Store) -> LandmarkData:
     """The data module over arrays."""
     side = images.shape[1:]
     data = LandmarkData(
@@ -133,6 +148,92 @@ def our_data(images: np.ndarray, points: np.ndarray, batch: int, workers: int, s
     return data
 
 
+@dataclass(frozen=True)
+class Case:
+    """One network at one size."""
+
+    network: str
+    side: int
+    batch: int
+    images: np.ndarray
+    points: np.ndarray
+    tiny: bool
+
+    def net(self) -> HeatmapNet:
+        """The network that all rows train."""
+        backbone, decoder = self._names
+        return HeatmapNet(backbone=backbone, decoder=decoder, num_landmarks=POINTS)
+
+    @property
+    def _names(self) -> tuple[str, str]:
+        backbone, decoder = NETWORKS[self.network]
+        small = {"hrnet_w32": "hrnet_w18_small", "resnet34": "resnet10t"}
+        return (small[backbone] if self.tiny else backbone), decoder
+
+    def plain(self, workers: int, channels_last: bool = False, fused: bool = False) -> Run:
+        """The plain loop."""
+        batches = loader(MemorySamples(self.images, self.points, 4000), self.batch, workers)
+        return PlainLandmarks(self.net(), channels_last, fused), {"train_dataloaders": batches}
+
+    def files(self, folder: Path, workers: int) -> Run:
+        """The plain loop that reads and resizes each file."""
+        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in (".webp", ".bmp", ".png", ".jpg"))
+        where = np.resize(self.points, (len(files), POINTS, 2))
+        samples = FileSamples(files, (self.side, self.side), where, 4000)
+        return PlainLandmarks(self.net()), {"train_dataloaders": loader(samples, self.batch, workers)}
+
+    def ours(self, store: Store, workers: int = 0, compile: Compile = "off", graph: bool = False) -> Run:
+        """The library's module and data module."""
+        backbone, decoder = self._names
+        module = LitLandmarks(
+            backbone=backbone, decoder=decoder, pretrained=False, sigma=8.0, compile=compile, cuda_graph=graph
+        )
+        return module, {"datamodule": our_data(self.images, self.points, self.batch, workers, store)}
+
+    def steps(self, workers: list[int], files: Path | None) -> Iterator[Step]:
+        """The rows, each one change away from the one before (the last four: away from "device store")."""
+        most = max(workers)
+        for n in workers:
+            yield Step("plain fp32", n, partial(self.plain, n), "32-true", "highest")
+        if files is not None:
+            yield Step("plain fp32, files", most, partial(self.files, files, most), "32-true", "highest")
+        yield Step("+ TF32", most, partial(self.plain, most), "32-true", "high")
+        yield Step("+ bf16", most, partial(self.plain, most), "bf16-mixed", "high")
+        yield Step("+ channels_last", most, partial(self.plain, most, True), "bf16-mixed", "high")
+        yield Step("+ fused AdamW", most, partial(self.plain, most, True, True), "bf16-mixed", "high")
+        for n in workers:
+            yield Step("+ uint8 loader, targets on device", n, partial(self.ours, "ram", n), "bf16-mixed", "high")
+        yield Step("+ device store", None, partial(self.ours, "gpu"), "bf16-mixed", "high")
+        yield Step("+ CUDA graph", None, partial(self.ours, "gpu", graph=True), "bf16-mixed", "high")
+        compiled = partial(self.ours, "gpu", compile="blocks")
+        yield Step("+ compiled blocks, no graph", None, compiled, "bf16-mixed", "high")
+        both = partial(self.ours, "gpu", compile="blocks", graph=True)
+        yield Step("+ CUDA graph, compiled blocks", None, both, "bf16-mixed", "high")
+        yield Step("fp16 instead of bf16, eager", None, partial(self.ours, "gpu"), "16-mixed", "high")
+        yield Step("fp32 instead of bf16, graph", None, partial(self.ours, "gpu", graph=True), "32-true", "highest")
+
+
+def run_step(case: Case, step: Step, results: Results, seconds: float) -> None:
+    """Measure a row, unless it is there; a row that fails is a row."""
+    key = {"network": case.network, "side": case.side, "batch": case.batch, "step": step.name, "workers": step.workers}
+    if results.get(**key) is not None:
+        return
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    windows, warmup = (1, 3) if case.tiny else (3, 12)
+    try:
+        module, data = step.make()
+        values = rate(module, data, step.precision, Timer(case.batch, warmup, windows, seconds), step.matmul)
+    except (RuntimeError, ValueError) as error:
+        values = {"error": str(error).splitlines()[0][:200]}
+    results.add(key, values)
+    print(f"{' '.join(str(v) for v in key.values()):60s} {values}", flush=True)
+
+
 def main() -> None:
     """Run all rows."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,93 +252,17 @@ def main() -> None:
     results = Results(args.out)
     if args.tiny:
         args.sides, args.workers, args.batch, args.seconds = [64], [0], 2, 0.05
-    windows, warmup = (1, 3) if args.tiny else (3, 12)
     words = [w for w in args.only.split(",") if w]
     rng = np.random.default_rng(0)
-
     for side in args.sides:
         images = rng.integers(0, 255, (150, side, side), np.uint8)
         points = rng.uniform(0.2 * side, 0.8 * side, (150, POINTS, 2)).astype(np.float32)
         for network in args.networks:
-            backbone, decoder = NETWORKS[network]
-            if args.tiny:
-                backbone = {"hrnet_w32": "hrnet_w18_small", "resnet34": "resnet10t"}[backbone]
-
-            def row(
-                step: str, workers: int | None, make: Any, precision: str, matmul: str, name: str = network
-            ) -> None:
-                key = {"network": name, "side": side, "batch": args.batch, "step": step, "workers": workers}
-                text = " ".join(str(v) for v in key.values())
-                if results.get(**key) is not None or not all(w in text for w in words) or time.time() > args.deadline:
-                    return
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                torch._dynamo.reset()
-                torch.manual_seed(0)
-                try:
-                    module, data = make()
-                    values = rate(module, data, precision, Timer(args.batch, warmup, windows, args.seconds), matmul)
-                except (RuntimeError, ValueError) as error:  # a row that fails is a row
-                    values = {"error": str(error).splitlines()[0][:200]}
-                results.add(key, values)
-                print(f"{text:60s} {values}", flush=True)
-
-            def net(b: str = backbone, d: str = decoder) -> HeatmapNet:
-                return HeatmapNet(backbone=b, decoder=d, num_landmarks=POINTS)
-
-            def plain(workers: int, channels_last: bool, fused: bool, length: int = 4000, make_net: Any = net) -> Any:
-                def build() -> Any:
-                    samples = MemorySamples(images, points, length)
-                    batches = loader(samples, args.batch, workers)
-                    return PlainLandmarks(make_net(), channels_last, fused), {"train_dataloaders": batches}
-
-                return build
-
-            def ours(store: str, workers: int, compile: str, graph: bool, b: str = backbone, d: str = decoder) -> Any:
-                def build() -> Any:
-                    module = LitLandmarks(
-                        backbone=b,
-                        decoder=d,
-                        pretrained=False,
-                        sigma=8.0,
-                        compile=compile,
-                        cuda_graph=graph,  # type: ignore[arg-type]
-                    )
-                    return module, {"datamodule": our_data(images, points, args.batch, workers, store)}
-
-                return build
-
-            for workers in args.workers:
-                row("plain fp32", workers, plain(workers, False, False), "32-true", "highest")
-            most = max(args.workers)
-            if args.files is not None:
-                files = sorted(f for f in args.files.iterdir() if f.suffix.lower() in (".webp", ".bmp", ".png", ".jpg"))
-
-                def from_files(make_net: Any = net) -> Any:
-                    where = np.resize(points, (len(files), POINTS, 2))
-                    samples = FileSamples(files, (side, side), where, 4000)
-                    return PlainLandmarks(make_net()), {"train_dataloaders": loader(samples, args.batch, most)}
-
-                row("plain fp32, files", most, from_files, "32-true", "highest")
-            row("+ TF32", most, plain(most, False, False), "32-true", "high")
-            row("+ bf16", most, plain(most, False, False), "bf16-mixed", "high")
-            row("+ channels_last", most, plain(most, True, False), "bf16-mixed", "high")
-            row("+ fused AdamW", most, plain(most, True, True), "bf16-mixed", "high")
-            for workers in args.workers:
-                row(
-                    "+ uint8 loader, targets on device",
-                    workers,
-                    ours("ram", workers, "off", False),
-                    "bf16-mixed",
-                    "high",
-                )
-            row("+ device store", None, ours("gpu", 0, "off", False), "bf16-mixed", "high")
-            row("+ CUDA graph", None, ours("gpu", 0, "off", True), "bf16-mixed", "high")
-            row("+ compiled blocks, no graph", None, ours("gpu", 0, "blocks", False), "bf16-mixed", "high")
-            row("+ CUDA graph, compiled blocks", None, ours("gpu", 0, "blocks", True), "bf16-mixed", "high")
-            row("fp16 instead of bf16, eager", None, ours("gpu", 0, "off", False), "16-mixed", "high")
-            row("fp32 instead of bf16, graph", None, ours("gpu", 0, "off", True), "32-true", "highest")
+            case = Case(network, side, args.batch, images, points, args.tiny)
+            for step in case.steps(args.workers, args.files):
+                text = f"{network} {side} {step.name} {step.workers}"
+                if all(w in text for w in words) and time.time() < args.deadline:
+                    run_step(case, step, results, args.seconds)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -18,7 +19,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_callbacks import EMA
 from rich.console import Console
@@ -63,7 +64,7 @@ class LitCLI(LightningCLI):
             datamodule_class,
             args=self.given,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"default_root_dir": os.path.join("logs", package.removeprefix("lit_"))},  # noqa: PTH118
+            trainer_defaults={"default_root_dir": str(log_folder(package, self.given))},
             seed_everything_default=0,
             parser_class=OneLineParser,
         )
@@ -97,7 +98,11 @@ class LitCLI(LightningCLI):
         path = self.config[subcommand].get("ckpt_path")
         if not path:
             return
-        if path not in ("best", "last", "hpc", "registry") and "://" not in str(path) and not Path(path).is_file():
+        if path in ("best", "last"):
+            path = str(find_checkpoint(path, Path(self.config[subcommand]["trainer"]["default_root_dir"] or ".")))
+            self.config[subcommand]["ckpt_path"] = path
+            rank_zero_info(f"checkpoint: {path}")
+        if path not in ("hpc", "registry") and "://" not in str(path) and not Path(path).is_file():
             raise InputError(f"--ckpt_path {path}: no such file")
         if subcommand == "fit" or not Path(path).is_file():
             return
@@ -165,6 +170,46 @@ def print_summary(trainer: Trainer, title: str) -> None:
                     console.print(f"{label.split('_')[0]} checkpoint: {path}")
         for path in getattr(callback, "artifacts", ()):
             console.print(f"{type(callback).__name__} wrote {path}")
+
+
+def log_folder(package: str, args: Sequence[str]) -> Path:
+    """Where a run logs by default: `logs/<task>/<name of the last config file>`, so that each profile has its own runs.
+
+    Example:
+        >>> log_folder("lit_landmarks", ["fit", "--config", "configs/landmarks/demo.yaml"]).as_posix()
+        'logs/landmarks/demo'
+    """
+    folder = Path("logs", package.removeprefix("lit_"))
+    names = [b for a, b in pairwise(args) if a in ("--config", "-c")]
+    names += [a.removeprefix("--config=") for a in args if a.startswith("--config=")]
+    return folder / Path(names[-1]).stem if names else folder
+
+
+def find_checkpoint(word: str, folder: Path) -> Path:
+    """The `best` or `last` checkpoint of the newest run below a log folder.
+
+    Lightning resolves these words in the process that trained only; in a new one it fails, or starts from scratch.
+
+    Raises:
+        InputError: there is none.
+    """
+    files = sorted(folder.rglob("*.ckpt"), key=lambda f: f.stat().st_mtime, reverse=True)
+    if not files:
+        raise InputError(
+            f"--ckpt_path {word}: no checkpoint below {folder}; expected a path, or --trainer.default_root_dir"
+        )
+    if word == "last":
+        return files[0]
+    try:
+        callbacks = torch.load(files[0], map_location="cpu", weights_only=True).get("callbacks", {})
+    except Exception as error:
+        raise InputError(f"--ckpt_path best: {files[0]} is not a checkpoint ({error!s:.80})") from error
+    for state in callbacks.values():
+        best = state.get("best_model_path") if isinstance(state, dict) else None
+        for candidate in (Path(best), files[0].parent / Path(best).name) if best else ():
+            if candidate.is_file():
+                return candidate
+    raise InputError(f"--ckpt_path best: {files[0]} names no best checkpoint; give a path")
 
 
 def typed_options(args: Sequence[str], groups: Sequence[str]) -> list[str]:

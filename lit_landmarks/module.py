@@ -492,7 +492,7 @@ class LitLandmarks(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip a fused optimizer's gradients too where nothing scales them; Lightning refuses that in mixed precision."""
+        """Clip a fused optimizer's gradients where nothing scales them; Lightning refuses to in mixed precision."""
         if self._has_scaler or gradient_clip_algorithm == "value" or not gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:

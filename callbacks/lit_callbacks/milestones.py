@@ -114,8 +114,11 @@ class MilestoneGuard(Callback):
         if self._seen:
             return
         text = f"MilestoneGuard: there is no metric {self.monitor!r} after {finished} epochs; there are {available}."
-        if due is not None:
+        if due is not None and self.action == "stop":
             raise MisconfigurationException(text)
         if finished >= 2 and not self._announced:
             self._announced = True
-            rank_zero_warn(f"{text} The run will fail at epoch {next(iter(self.milestones))}.")
+            first = next(iter(self.milestones))
+            rank_zero_warn(
+                f"{text} " + (f"The run will fail at epoch {first}." if self.action == "stop" else "Not judged.")
+            )

@@ -132,8 +132,11 @@ def test_several_guards_live_together(tmp_path):
 
 def test_an_unknown_metric_is_an_error_that_lists_the_known_ones(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"'val'.*'v', 'w'"):
-        fit(tmp_path, MilestoneGuard("val", {2: 0.0}, mode="min"))
-    _, lines = fit(tmp_path, MilestoneGuard("val", {9: 0.0}, mode="min"))
+        fit(tmp_path, MilestoneGuard("val", {2: 0.0}, mode="min", action="stop"))
+    _, lines = fit(tmp_path, MilestoneGuard("val", {2: 0.0}, mode="min"))  # a warning must not end a run
+    assert len(lines) == 1
+    assert "Not judged" in lines[0]
+    _, lines = fit(tmp_path, MilestoneGuard("val", {9: 0.0}, mode="min", action="stop"))
     assert len(lines) == 1
     assert "will fail at epoch 9" in lines[0]
 

@@ -1,6 +1,7 @@
 """The command line as users meet it: through `main`, and as a process where stderr and the exit status matter."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from lit_cli.cli import typed_options
 from lit_cli.errors import InputError
 from lit_cli.profiles import expand_profiles, find_profile
 from lit_landmarks.__main__ import main
+from lit_landmarks.module import LitLandmarks
 
 ROOT = Path(__file__).parents[2]
 DATA = ["--data.format", "synthetic", "--data.synthetic_train", "8", "--data.synthetic_test", "4"]
@@ -111,7 +113,6 @@ def test_a_wrong_key_is_one_line_and_status_2():
         (["--model.backbone", "resnet10tt"], "resnet10tt"),
         (["--model.init_from", "nowhere.ckpt"], "model.init_from"),
         (["--model.tta", "[flip]"], "data.flip_pairs"),
-        (["--trainer.precision", "17"], "precision"),
     ],
 )
 def test_a_wrong_value_names_its_option(capsys, args, named):
@@ -149,9 +150,22 @@ def test_a_missing_checkpoint_is_named(capsys, verb):
     assert "--ckpt_path nowhere.ckpt" in message
 
 
-def test_a_file_that_is_no_checkpoint_is_named(capsys, tmp_path):
-    (tmp_path / "photo.ckpt").write_bytes(b"not a checkpoint")
-    assert "photo.ckpt" in failure(capsys, "test", *DATA, *QUIET, "--ckpt_path", tmp_path / "photo.ckpt")
+@pytest.mark.parametrize(
+    "content", [b"not a checkpoint", [1, 2], {"weight": torch.zeros(1)}], ids=["bytes", "list", "weights"]
+)
+def test_a_file_that_is_no_checkpoint_is_named(capsys, tmp_path, content):
+    path = tmp_path / "photo.ckpt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    assert "photo.ckpt" in failure(capsys, "test", *DATA, *NET, *QUIET, "--ckpt_path", path)
+
+
+@pytest.mark.parametrize("word", ["best", "last"])
+def test_a_word_for_a_checkpoint_needs_a_fit(capsys, word):
+    # Nothing was trained in this process: an untrained network must not be tested without a word.
+    assert f"--ckpt_path {word}" in failure(capsys, "test", *DATA, *NET, *QUIET, "--ckpt_path", word)
 
 
 def test_a_damaged_image_is_named(capsys, tmp_path):
@@ -232,11 +246,11 @@ def test_typed_options_keep_lists_and_negative_numbers_together():
     assert typed_options(args, ("model", "data")) == ["--model.sdr_thresholds", "[1, 2]", "--data.seed", "-1"]
 
 
-@pytest.mark.parametrize(("precision", "tf32"), [("highest", False), ("medium", True)])
-def test_matmul_precision_takes_effect(precision, tf32):
-    main(["fit", *SMALL, "--trainer.fast_dev_run", "true", "--matmul_precision", precision])
-    assert torch.get_float32_matmul_precision() == precision
-    assert torch.backends.cudnn.allow_tf32 is tf32
+def test_matmul_precision_takes_effect():
+    torch.set_float32_matmul_precision("medium")
+    main(["fit", *SMALL, "--trainer.fast_dev_run", "true", "--matmul_precision", "highest"])
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -308,6 +322,18 @@ def test_a_second_stage_starts_from_weights_alone(trained):
     assert weights
     for key in weights:
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-6, msg=key)
+
+
+def test_a_second_stage_opens_without_the_first(trained, tmp_path):
+    _, path = trained
+    first = Path(shutil.copy(path, tmp_path / "first.ckpt"))
+    second = ["--model.init_from", "first.ckpt", "--model.stride", "2", "--trainer.default_root_dir", "second"]
+    main(["fit", *SMALL, *second])
+    first.unlink()
+    (written_by_second,) = Path("second").rglob("*.ckpt")
+    cli = main(["test", *DATA, *QUIET, "--ckpt_path", str(written_by_second)])
+    assert cli.model.hparams["stride"] == STAGE["stride"]
+    LitLandmarks.load_from_checkpoint(written_by_second)
 
 
 # ---- the packages ---------------------------------------------------------------------------------------------------
