@@ -104,12 +104,16 @@ class LitCLI(LightningCLI):
             rank_zero_info(f"checkpoint: {path}")
         if path not in ("hpc", "registry") and "://" not in str(path) and not Path(path).is_file():
             raise InputError(f"--ckpt_path {path}: no such file")
-        if subcommand == "fit" or not Path(path).is_file():
+        if not Path(path).is_file():
             return
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
             raise InputError(f"--ckpt_path {path}: not a checkpoint ({str(error).splitlines()[0]:.100})") from error
+        if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
+            raise InputError(f"--ckpt_path {path}: a file of weights, but not a checkpoint of Lightning")
+        if subcommand == "fit":
+            return
         stored: dict[str, dict[str, Any]] = {}
         for key, group, only in (
             ("hyper_parameters", "model", None),
@@ -123,7 +127,7 @@ class LitCLI(LightningCLI):
             self.config = self.parser.parse_object({subcommand: self._parse_typed(subcommand, typed)}, self.config)
 
     def _parse_typed(self, subcommand: str, typed: list[str]) -> dict[str, Any]:
-        parsed: Namespace = self._subcommand_parsers[subcommand].parse_args(typed, defaults=False, _skip_required=True)
+        parsed: Namespace = self._subcommand_parsers[subcommand].parse_args(typed, defaults=False)
         return {k: v for k, v in parsed.as_dict().items() if k in ("model", "data")}
 
     # ---- building and running --------------------------------------------------------------------------------------
@@ -169,7 +173,7 @@ def print_summary(trainer: Trainer, title: str) -> None:
                 if path:
                     console.print(f"{label.split('_')[0]} checkpoint: {path}")
         for path in getattr(callback, "artifacts", ()):
-            console.print(f"{type(callback).__name__} wrote {path}")
+            console.print(f"{Path(path).parent.name}: {path}")
 
 
 def log_folder(package: str, args: Sequence[str]) -> Path:

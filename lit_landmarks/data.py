@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -289,7 +290,27 @@ class LandmarkData(LightningDataModule):
         count = self.num_landmarks if self.has_labels else 0
         files = [path] if path.is_file() else find_images(path)
         nothing = np.full((count, 2), np.nan)
-        return [LandmarkSample(path=f, name=f.name, points=nothing, spacing=spacing) for f in files]  # type: ignore[arg-type]
+        return self._readable(
+            [LandmarkSample(path=f, name=f.name, points=nothing, spacing=spacing) for f in files]  # type: ignore[arg-type]
+        )
+
+    def _readable(self, samples: list[LandmarkSample]) -> list[LandmarkSample]:
+        """Without the damaged files, each named: one of them must not cost the predictions of a whole folder."""
+        bad: dict[int, str] = {}
+
+        def check(item: tuple[int, LandmarkSample]) -> None:
+            try:
+                item[1].read_image(self.channels)
+            except InputError as error:
+                bad[item[0]] = str(error)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(check, enumerate(samples)))
+        for message in bad.values():
+            rank_zero_warn(f"left out: {message}", category=UserWarning)
+        if len(bad) == len(samples):
+            raise InputError(f"data.predict_dir: no readable image; the first: {bad[0]}")
+        return [s for i, s in enumerate(samples) if i not in bad]
 
     def _get(self, split: str) -> Prepared:
         if split not in self._prepared:

@@ -139,11 +139,6 @@ class LitLandmarks(LightningModule):
             raise InputError(f"model.sigma: expected a positive number of frame pixels or auto, got {sigma}")
         if lr != "auto" and not lr > 0:
             raise InputError(f"model.lr: expected a positive number or auto, got {lr}")
-        if init_from is not None and not Path(init_from).is_file():
-            raise InputError(f"model.init_from: no file {init_from}")
-        for path in ensemble or ():
-            if not Path(path).is_file():
-                raise InputError(f"model.ensemble: no file {path}")
         self.net: HeatmapNet | None = None
         self.criterion: HeatmapLoss | None = None
         self.metrics = nn.ModuleDict()  # filled with the stages that run; holds no weights
@@ -240,6 +235,8 @@ class LitLandmarks(LightningModule):
 
     def _start_from(self, path: str) -> None:
         assert self.net is not None
+        if not Path(path).is_file():
+            raise InputError(f"model.init_from: no file {path}")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         except Exception as error:
@@ -261,6 +258,8 @@ class LitLandmarks(LightningModule):
         if self._members or not self.hparams["ensemble"]:
             return
         for path in self.hparams["ensemble"]:
+            if not Path(path).is_file():
+                raise InputError(f"model.ensemble: no file {path}")
             member = LitLandmarks.load_from_checkpoint(path, map_location=self.device, ensemble=None)
             if member.hparams["num_landmarks"] != self.hparams["num_landmarks"]:
                 raise InputError(f"model.ensemble: {path} has {member.hparams['num_landmarks']} landmarks")
@@ -269,6 +268,17 @@ class LitLandmarks(LightningModule):
             self._members.append(member.eval())
 
     # ---- training --------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Say so when a resumed optimizer goes on with other values than the command line's."""
+        for name, wanted in (("lr", self._lr()), ("weight_decay", self.hparams["weight_decay"])):
+            group = self.trainer.optimizers[0].param_groups[0]
+            has = group["initial_lr"] if name == "lr" else group[name]
+            if not math.isclose(has, wanted):
+                rank_zero_warn(
+                    f"model.{name} is {wanted:g}, but the resumed optimizer goes on with {has:g}; to start from the "
+                    "weights with a new optimizer, use --model.init_from instead of --ckpt_path"
+                )
 
     def on_fit_start(self) -> None:
         """Compile, where that was asked for and a GPU is there."""
@@ -482,6 +492,14 @@ class LitLandmarks(LightningModule):
 
     # ---- optimizers ------------------------------------------------------------------------------------------------
 
+    def _lr(self) -> float:
+        """Peak learning rate; `auto` follows the images per optimizer step."""
+        if self.hparams["lr"] != "auto":
+            return float(self.hparams["lr"])
+        data = getattr(self.trainer, "datamodule", None)
+        batch = data.batch_size if isinstance(data, LandmarkData) else 8
+        return auto_lr(batch * self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
     @property
     def _has_scaler(self) -> bool:
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
@@ -501,12 +519,9 @@ class LitLandmarks(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with cosine decay, counted in optimizer steps of the whole run."""
         h, trainer = self.hparams, self.trainer
-        data = getattr(trainer, "datamodule", None)
-        batch = data.batch_size if isinstance(data, LandmarkData) else 8
-        effective = batch * trainer.accumulate_grad_batches * trainer.world_size
-        lr = auto_lr(effective) if h["lr"] == "auto" else float(h["lr"])
+        lr = self._lr()
         if h["lr"] == "auto":
-            rank_zero_info(f"lr auto: {lr:g} for {effective} images per optimizer step")
+            rank_zero_info(f"lr auto: {lr:g}")
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > NO_DECAY_DIMENSIONS], "weight_decay": h["weight_decay"]},

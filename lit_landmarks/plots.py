@@ -13,6 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
+from lit_landmarks.geometry import transform_points
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -152,34 +154,15 @@ class LandmarkPlots(Callback):
         self._start()
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Keep the worst of a batch."""
         if self._due(trainer):
             self._collect(outputs, batch)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the worst of a batch."""
-        if self._due(trainer):
-            self._collect(outputs, batch)
+    on_test_batch_end = on_validation_batch_end
 
     def _collect(self, outputs: Any, batch: Any) -> None:
-        from lit_landmarks.geometry import transform_points
-
         errors = outputs["error"].double().cpu().numpy()
         self._errors.append(errors)
         target = transform_points(batch.matrix, batch.target).float().cpu().numpy()
@@ -203,7 +186,7 @@ class LandmarkPlots(Callback):
         if self._due(trainer):
             self._draw(trainer, pl_module, "test")
             for path in self.artifacts[:1]:
-                print(f"{type(self).__name__} wrote {path}")
+                print(f"overlay: {path}")
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not trainer.is_global_zero or not self._heap:

@@ -163,8 +163,8 @@ def test_a_file_that_is_no_checkpoint_is_named(capsys, tmp_path, content):
 
 
 @pytest.mark.parametrize("word", ["best", "last"])
-def test_a_word_for_a_checkpoint_needs_a_fit(capsys, word):
-    # Nothing was trained in this process: an untrained network must not be tested without a word.
+def test_a_word_for_a_checkpoint_needs_one(capsys, word):
+    # Lightning would fail with a traceback, or test an untrained network without saying so.
     assert f"--ckpt_path {word}" in failure(capsys, "test", *DATA, *NET, *QUIET, "--ckpt_path", word)
 
 
@@ -268,9 +268,9 @@ def test_the_command_line_wins_when_a_fit_is_resumed(trained, tmp_path):
     a = written(tmp_path / "a.yaml", {"ema": {"decay": 0.9}})
     b = written(tmp_path / "b.yaml", {"ema": {"warmup": False}})
     changed = ["--model.decode", "argmax", "--model.weight_decay", "0.5", "--model.stride", "2", "--model.sigma", "5"]
-    cli = main(
-        ["fit", "--config", a, "--config", b, *SMALL, *changed, "--trainer.max_epochs", "2", "--ckpt_path", str(path)]
-    )
+    again = ["fit", "--config", a, "--config", b, *SMALL, *changed, "--trainer.max_epochs", "2"]
+    with pytest.warns(UserWarning, match="weight_decay is 0.5, but the resumed optimizer goes on with 0.0001"):
+        cli = main([*again, "--ckpt_path", str(path)])
     assert cli.model.hparams["decode"] == "argmax"
     assert cli.model.hparams["weight_decay"] == 0.5
     assert cli.trainer.current_epoch == 2
@@ -297,7 +297,9 @@ def test_a_checkpoint_describes_its_model(trained, tmp_path):
 
 def test_what_was_typed_wins_over_a_checkpoint(trained):
     _, path = trained
-    cli = main(["test", *DATA, *QUIET, "--ckpt_path", str(path), "--model.decode", "argmax", "--data.fold=1"])
+    best = ["--trainer.default_root_dir", str(path.parents[1]), "--ckpt_path", "best"]
+    cli = main(["test", *DATA, *QUIET, *best, "--model.decode", "argmax", "--data.fold=1"])
+    assert cli.trainer.ckpt_path == str(path)
     assert cli.model.hparams["decode"] == "argmax"
     assert cli.model.hparams["stride"] == STAGE["stride"]
     assert cli.datamodule.hparams["fold"] == 1
