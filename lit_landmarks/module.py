@@ -213,15 +213,18 @@ class LitLandmarks(LightningModule):
             raise InputError("model.num_landmarks is unknown: fit with a LandmarkData, or name it")
         trainer = self._trainer
         fresh = trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path is None
-        self.net = HeatmapNet(
-            backbone=h["backbone"],
-            decoder=h["decoder"],
-            num_landmarks=h["num_landmarks"],
-            in_channels=h["in_channels"],
-            stride=h["stride"],
-            pretrained=h["pretrained"] if fresh and h["init_from"] is None else False,
-            gradient_checkpointing=h["gradient_checkpointing"],
-        )
+        # Lightning calls this with the GPU as default device, but libraries place some tensors on the CPU whatever the
+        # default is. Lightning moves the whole module afterwards.
+        with torch.device("cpu"):
+            self.net = HeatmapNet(
+                backbone=h["backbone"],
+                decoder=h["decoder"],
+                num_landmarks=h["num_landmarks"],
+                in_channels=h["in_channels"],
+                stride=h["stride"],
+                pretrained=h["pretrained"] if fresh and h["init_from"] is None else False,
+                gradient_checkpointing=h["gradient_checkpointing"],
+            )
         if h["channels_last"]:
             self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if fresh and h["init_from"] is not None:
