@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,12 @@ from lit_cli.errors import InputError
 from lit_cli.profiles import expand_profiles
 
 REFRESH_EVERY = 20  # batches; each refresh of the progress bar reads the loss and so waits for the device
+
+QUIET = (  # remarks of libraries on each other, about nothing that a user did
+    r".*isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"The dirpath has changed from",
+    r"Couldn't infer the batch indices fetched from your dataloader",
+)
 
 
 class OneLineParser(LightningArgumentParser):
@@ -170,7 +177,7 @@ def print_summary(trainer: Trainer, title: str) -> None:
         if isinstance(callback, Checkpoint):
             for label in ("best_model_path", "last_model_path"):
                 path = getattr(callback, label, "")
-                if path:
+                if path and Path(path).exists():
                     console.print(f"{label.split('_')[0]} checkpoint: {path}")
         for path in getattr(callback, "artifacts", ()):
             console.print(f"{Path(path).parent.name}: {path}")
@@ -247,6 +254,8 @@ def run(
     `LIT_TRACEBACK=1` shows the traceback as well.
     """
     program = package.replace("_", "-")
+    for noise in QUIET:
+        warnings.filterwarnings("ignore", message=noise)
     try:
         return cli_class(model_class, datamodule_class, package, args)
     except InputError as error:

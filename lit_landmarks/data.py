@@ -53,7 +53,8 @@ class LandmarkData(LightningDataModule):
         holdout: Fraction of the training images kept out for validation, when the data has no `val` split of its own;
             0 trains on all of them.
         fold: Which hold-out: with `holdout=0.2`, folds 0 to 4 cover every training image once.
-        test_split: Name of the split that `test` uses; `auto` takes the first of test, test1, val.
+        test_split: Name of the split that `test` uses; `auto` takes the first of test, test1, val; without a
+            `val` split of the data, `val` is the hold-out.
         store: `gpu` keeps the images on the device and samples by index, `ram` and `disk` feed it through loader
             workers, `auto` takes the first that fits.
         cache_dir: Folder of the decoded images; `none` keeps nothing on disk.
@@ -268,6 +269,8 @@ class LandmarkData(LightningDataModule):
             name = h["test_split"]
             if name == "auto":
                 name = next((n for n in ("test", "test1", "val") if splits.get(n)), "test")
+            if name == "val" and not splits.get("val"):
+                return self._samples("val")  # the hold-out of the training images
             if name not in splits:
                 raise InputError(f"data.test_split: {name!r} is not in this data set; it has {', '.join(splits)}")
             return splits[name]

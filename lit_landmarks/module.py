@@ -68,7 +68,8 @@ class LitLandmarks(LightningModule):
     Args:
         backbone: A timm model with feature maps, or an encoder of segmentation-models-pytorch (see `HeatmapNet`).
         decoder: `auto`, `branch`, `pyramid` or a decoder class of segmentation-models-pytorch (`Unet`, `FPN`, ...).
-        pretrained: `true` downloads ImageNet weights, a path reads them from a file. Only a fresh `fit` looks at it.
+        pretrained: `true` downloads ImageNet weights, a path reads them from a file. Only a fresh `fit` looks at
+            it, and not a `fast_dev_run`.
         in_channels: 1 for grey, 3 for RGB.
         stride: Frame pixels per heatmap pixel: 4, 2 or 1.
         loss: `mse`, `weighted_mse`, `awing` (Adaptive Wing), `kl` or `dice` (soft Dice).
@@ -213,6 +214,10 @@ class LitLandmarks(LightningModule):
             raise InputError("model.num_landmarks is unknown: fit with a LandmarkData, or name it")
         trainer = self._trainer
         fresh = trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path is None
+        wanted = fresh and h["init_from"] is None and h["pretrained"]
+        if wanted and trainer is not None and trainer.fast_dev_run:
+            rank_zero_info("fast_dev_run: the pretrained weights are not fetched")
+            wanted = False
         # Lightning calls this with the GPU as default device, but libraries place some tensors on the CPU whatever the
         # default is. Lightning moves the whole module afterwards.
         with torch.device("cpu"):
@@ -222,7 +227,7 @@ class LitLandmarks(LightningModule):
                 num_landmarks=h["num_landmarks"],
                 in_channels=h["in_channels"],
                 stride=h["stride"],
-                pretrained=h["pretrained"] if fresh and h["init_from"] is None else False,
+                pretrained=wanted,
                 gradient_checkpointing=h["gradient_checkpointing"],
             )
         if h["channels_last"]:
