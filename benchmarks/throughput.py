@@ -34,6 +34,7 @@ from lit_landmarks.samples import LandmarkSample, LandmarkTable
 
 NETWORKS = {"hrnet_w32": ("hrnet_w32", "branch"), "unet_r34": ("resnet34", "Unet")}
 POINTS = 19
+BRIEF = ("plain fp32", "+ device store", "+ CUDA graph", "+ CUDA graph, compiled blocks")
 Store = Literal["auto", "gpu", "ram", "disk"]
 Compile = Literal["off", "blocks", "full"]
 Run = tuple[LightningModule, dict[str, Any]]  # a module and the data arguments of `Trainer.fit`
@@ -246,6 +247,7 @@ def main() -> None:
     p.add_argument("--seconds", type=float, default=1.5, help="length of one of three windows")
     p.add_argument("--deadline", type=float, default=float("inf"), help="Unix time after which no row starts")
     p.add_argument("--files", type=Path, default=None, help="folder of full-size images for the rows `files`")
+    p.add_argument("--brief", action="store_true", help="only the first and the last steps of the way")
     p.add_argument("--tiny", action="store_true", help="a dry run on a CPU")
     args = p.parse_args()
     warnings.filterwarnings("ignore")
@@ -261,6 +263,8 @@ def main() -> None:
             case = Case(network, side, args.batch, images, points, args.tiny)
             for step in case.steps(args.workers, args.files):
                 text = f"{network} {side} {step.name} {step.workers}"
+                if args.brief and step.name not in BRIEF:
+                    continue
                 if all(w in text for w in words) and time.time() < args.deadline:
                     run_step(case, step, results, args.seconds)
 

@@ -80,6 +80,8 @@ class GraphedStep:
         self._captured = True
 
     def _run_forward(self, inputs: Iterable[Tensor]) -> Tensor:
+        if self._parameters[0].grad is self._grads[0]:
+            self._keep_gradients()
         for own, new in zip(self._inputs, inputs, strict=True):
             own.copy_(new, non_blocking=True)
         self._forward.replay()
@@ -88,13 +90,6 @@ class GraphedStep:
     def _run_backward(self, scale: Tensor) -> None:
         """Replay the backward pass and add its gradients to `Parameter.grad`."""
         first = self._parameters[0].grad is None
-        if not first and self._parameters[0].grad is self._grads[0]:
-            # Accumulation: the replay is about to overwrite the tensors that the parameters point to.
-            if not self._sums:
-                self._sums = [torch.empty_like(g) for g in self._grads]
-            torch._foreach_copy_(self._sums, self._grads)
-            for p, total in zip(self._parameters, self._sums, strict=True):
-                p.grad = total
         self._scale.copy_(scale)
         self._backward.replay()
         if first:
@@ -102,6 +97,18 @@ class GraphedStep:
                 p.grad = g
         else:
             torch._foreach_add_([p.grad for p in self._parameters], self._grads)  # type: ignore[arg-type]
+
+    def _keep_gradients(self) -> None:
+        """Move the gradients of an earlier micro-batch out of the graphs' memory.
+
+        The two graphs share a pool: the backward pass put its gradients where activations had been, and the next forward
+        pass writes its activations there again.
+        """
+        if not self._sums:
+            self._sums = [torch.empty_like(g) for g in self._grads]
+        torch._foreach_copy_(self._sums, self._grads)
+        for p, total in zip(self._parameters, self._sums, strict=True):
+            p.grad = total
 
 
 class _Replay(torch.autograd.Function):
