@@ -26,7 +26,7 @@ MARK = re.compile(r"<!-- (?:table:[\w-]+|/table) -->")
 NOT_MEASURED = "Not measured yet."
 REFERENCE = "rtx3070ti_balanced"  # profiles are compared with it
 GUIDE_LIMIT = "guide limit"  # names of rows that try the original guide's largest batches
-BASELINE = "plain fp32"  # throughput is compared with it, at its largest number of workers
+BASELINE = "plain fp32"  # throughput is compared with it, at its fastest number of workers
 DECODERS = ("argmax", "quarter", "centroid", "softargmax", "dark")
 SDR = ("sdr_2mm", "sdr_2.5mm", "sdr_3mm", "sdr_4mm")
 NONE = "–"  # noqa: RUF001 - the sign for an empty cell
@@ -210,7 +210,7 @@ def throughput(report: Report) -> str:
     header = ["step", *(f"{network} {side}" for network, side in columns)]
     batch = listed(row.get("batch") for row in rows)
     text = (
-        f"Training samples per second and, in brackets, the ratio to `{BASELINE}` with the most workers. Batch "
+        f"Training samples per second and, in brackets, the ratio to the fastest `{BASELINE}`. Batch "
         f"{batch}, one GPU, medians of windows of whole steps. Steps marked + keep those above them. {origin(rows)}"
     )
     return f"{markdown(header, cells)}\n\n{text}"
@@ -224,7 +224,7 @@ def _rate(row: Row | None, column: Sequence[Row]) -> str:
     plain = [r for r in column if r["step"] == BASELINE and r.get("samples_per_s")]
     if not plain:
         return number(row["samples_per_s"], 0)
-    base = max(plain, key=lambda r: r["workers"] or 0)
+    base = max(plain, key=lambda r: r["samples_per_s"])
     return f"{row['samples_per_s']:.0f} ({row['samples_per_s'] / base['samples_per_s']:.1f}x)"
 
 

@@ -60,7 +60,9 @@ class Timer(Callback):
         self.begin = time.perf_counter()
         self._mark, self._steps, self._due = 0.0, 0, 0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Count, and look at the clock only when a window is over."""
         step = trainer.global_step
         if step == 1:

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+# Bound on elastic * (elastic_grid - 1): the field's largest slope in a batch stays near half, so that no pixels fold
+# over and points can be followed through it.
+STEEPEST = 0.05
+
+
 @dataclass
 class Augmentation:
     """Ranges of the random changes. Every range is symmetric around "no change"; 0 switches a change off.
@@ -32,7 +37,7 @@ class Augmentation:
         scale: Fraction; 0.1 draws factors from 0.9 to 1.1.
         shift: Fraction of the image's width and height.
         brightness: Fraction of full scale.
-        contrast: Fraction; 0.2 multiplies the distance from mid-grey by 0.8 to 1.2.
+        contrast: Fraction; 0.2 multiplies by 0.8 to 1.2, so that black padding stays black.
         gamma: Exponent range in powers of two: 0.5 draws from 2^-0.5 to 2^0.5.
         noise: Largest standard deviation of Gaussian noise, as a fraction of full scale.
         cutout: Number of rectangles set to 0 in each image.
@@ -66,8 +71,14 @@ class Augmentation:
         for name, limit in (("scale", 0.9), ("flip", 1.0), ("probability", 1.0), ("cutout_size", 1.0)):
             if not 0 <= getattr(self, name) <= limit:
                 raise ValueError(f"data.augment.{name}: expected 0 to {limit}, got {getattr(self, name)}")
-        if self.elastic > 0.05:
-            raise ValueError(f"data.augment.elastic: above 0.05 the displacement folds over, got {self.elastic}")
+        for name, least in (("cutout", 0), ("elastic_grid", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.augment.{name}: expected {least} or more, got {getattr(self, name)}")
+        if self.elastic * (self.elastic_grid - 1) > STEEPEST:
+            raise ValueError(
+                f"data.augment.elastic: times (elastic_grid - 1) expected at most {STEEPEST}, got {self.elastic} with "
+                f"a grid of {self.elastic_grid}: neighbouring pixels would change places"
+            )
         if self.flip > 0 and flip_pairs is None:
             raise ValueError(
                 "data.augment.flip needs data.flip_pairs: the 0-based pairs that change places, or [] for none"
@@ -194,7 +205,7 @@ def _draw(batch: int, height: int, width: int, spec: Augmentation, seed: int) ->
     return _Draw(torch.from_numpy(packed).float(), displacement, boxes)
 
 
-def _invert_displacement(moved: Tensor, points: Tensor, inverse: Tensor, field: Tensor, steps: int = 12) -> Tensor:
+def _invert_displacement(moved: Tensor, points: Tensor, inverse: Tensor, field: Tensor, steps: int = 20) -> Tensor:
     """Where points land under p_in = A^-1 p_out + d(p_out), by fixed-point iteration (d is smooth and small).
 
     Args:
@@ -202,7 +213,7 @@ def _invert_displacement(moved: Tensor, points: Tensor, inverse: Tensor, field: 
         points: (B, K, 2) positions before.
         inverse: (B, 3, 3) A^-1.
         field: (B, 2, H, W) displacement d in input pixels, on the output grid.
-        steps: Iterations; the error shrinks by the field's largest slope (below 0.5 for allowed settings) in each.
+        steps: Iterations; the error shrinks by the field's slope (about half at the most, see `STEEPEST`) in each.
     """
     height, width = field.shape[-2:]
     extent = torch.tensor((width, height), device=field.device, dtype=field.dtype)
@@ -219,7 +230,7 @@ class AlbumentationsAugment:
     """The same ranges through albumentations, one sample at a time, for loader workers.
 
     Args:
-        spec: The ranges. `elastic` is ElasticTransform with a smoothness of an eighth of the width.
+        spec: The ranges, without `elastic`: albumentations' own moves the points by whole pixels.
         flip_pairs: As in `augment_batch`.
     """
 
@@ -233,11 +244,10 @@ class AlbumentationsAugment:
                 rotate=(-spec.rotation, spec.rotation),
                 scale=(1 - spec.scale, 1 + spec.scale),
                 translate_percent=(-spec.shift, spec.shift),
+                keep_ratio=True,
                 p=spec.probability,
             )
         ]
-        if spec.elastic > 0:
-            geometric.append(A.ElasticTransform(alpha=60 * spec.elastic * 100, sigma=12, p=spec.probability))
         photometric: list[Any] = [
             A.RandomGamma(gamma_limit=(100 * 2**-spec.gamma, 100 * 2**spec.gamma), p=1.0 if spec.gamma else 0.0),
             A.RandomBrightnessContrast(spec.brightness, spec.contrast, p=1.0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -123,6 +123,8 @@ class LandmarkData(LightningDataModule):
         for name in ("batch_size", "synthetic_train", "synthetic_test"):
             if values[name] < 1:
                 raise InputError(f"data.{name}: expected 1 or more, got {values[name]}")
+        if augment is not None and augment.elastic > 0 and augment_on == "cpu":
+            raise InputError("data.augment.elastic: only with data.augment_on device; albumentations rounds the points")
         if not 0 <= holdout < 1:
             raise InputError(f"data.holdout: expected 0 or more and below 1, got {holdout}")
         if fold < 0 or (holdout > 0 and (fold + 1) * holdout > 1 + 1e-6):
@@ -194,11 +196,11 @@ class LandmarkData(LightningDataModule):
         )
         store = self._resolve_store(split)
         if store == "gpu" and self.hparams["augment_on"] == "device":
-            return IndexLoader(self._resident("train"), sampler)
+            return IndexLoader(self._resident("train"), sampler, self._batches_done)
         workers: int = self.hparams["num_workers"]
         on_cpu = self._augment is not None and self.hparams["augment_on"] == "cpu"
         transform = AlbumentationsAugment(self._augment, self.flip_pairs) if on_cpu and self._augment else None
-        return ResumableLoader(
+        loader = ResumableLoader(
             BatchDataset(split, transform),
             sampler=sampler,
             batch_size=None,
@@ -208,6 +210,16 @@ class LandmarkData(LightningDataModule):
             pin_memory=bool(self.hparams["pin_memory"] and torch.cuda.is_available()),
             worker_init_fn=_quiet_worker,
         )
+        loader.begin = self._batches_done
+        return loader
+
+    def _batches_done(self) -> int:
+        """Batches of the current epoch that a resumed run has trained on already.
+
+        Lightning makes the loaders (to count the steps) before it restores its loops, so their saved state comes too
+        late; and that state counts batches given out, which an interrupt can leave one ahead of those trained on.
+        """
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer is not None else 0
 
     def val_dataloader(self) -> Any:
         """The hold-out (or the data's own `val` split) in order; none if nothing is held out."""
@@ -280,6 +292,10 @@ class LandmarkData(LightningDataModule):
         if splits.get("val"):
             return splits[split]
         order = np.random.default_rng(h["seed"]).permutation(len(train))
+        if 0 < h["holdout"] * len(train) < 0.5:
+            raise InputError(
+                f"data.holdout: {h['holdout']} of {len(train)} training images is none; expected 0 or more"
+            )
         bounds = [round(len(train) * min(1.0, h["holdout"] * i)) for i in (h["fold"], h["fold"] + 1)]
         held = set(order[bounds[0] : bounds[1]].tolist())
         return [s for i, s in enumerate(train) if (i in held) == (split == "val")]
@@ -319,8 +335,10 @@ class LandmarkData(LightningDataModule):
         if split not in self._prepared:
             cache = self.hparams["cache_dir"]
             folder = None if cache == "none" else Path(cache) if cache else default_cache_dir()
-            in_memory = self.hparams["store"] != "disk"
             samples = self._samples(split)
+            size = len(samples) * self.channels * self.image_size[0] * self.image_size[1]
+            fits = size < 0.5 * _memory()
+            in_memory = fits if self.hparams["store"] == "auto" else self.hparams["store"] != "disk"
             if any(s.path is None for s in samples):
                 folder = None  # drawn images are cheaper to draw again than to keep
             self._prepared[split] = prepare(samples, self.image_size, self.channels, folder, in_memory=in_memory)
@@ -345,8 +363,7 @@ class LandmarkData(LightningDataModule):
                 return "gpu"
         elif size < 4 * 2**30:
             return "gpu"  # without a GPU the device is the RAM, and no worker could be faster than an index
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 * 2**30
-        return "ram" if size < 0.5 * memory else "disk"
+        return "ram" if size < 0.5 * _memory() else "disk"
 
     @property
     def _device(self) -> torch.device:
@@ -377,6 +394,11 @@ def _frame(image_size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
     if len(sides) != 2 or any(s < 32 or s % 32 for s in sides):
         raise InputError(f"data.image_size: expected a multiple of 32, or [height, width] of such, got {image_size}")
     return int(sides[0]), int(sides[1])
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 * 2**30
 
 
 def _quiet_worker(_: int) -> None:
@@ -420,9 +442,10 @@ class EpochBatches(DistributedSampler):
 
     def __len__(self) -> int:
         """Batches of one epoch on this rank."""
-        if self.shuffle and self.drop_last:
-            return max(1, self.length // self.num_replicas // self.batch_size)
-        return math.ceil(len(range(self.rank, self.length, self.num_replicas)) / self.batch_size)
+        if not self.shuffle:
+            return math.ceil(len(range(self.rank, self.length, self.num_replicas)) / self.batch_size)
+        share = self.length // self.num_replicas  # the same on all ranks, or they would wait for each other
+        return max(1, share // self.batch_size if self.drop_last else math.ceil(share / self.batch_size))
 
     def order(self) -> Tensor:
         """This rank's indices for the current epoch."""
@@ -482,8 +505,8 @@ class IndexLoader:
     Stateful, so that Lightning resumes in the middle of an epoch with the batch that would have come next.
     """
 
-    def __init__(self, data: _Resident, sampler: EpochBatches) -> None:
-        self.data, self.sampler = data, sampler
+    def __init__(self, data: _Resident, sampler: EpochBatches, begin: Callable[[], int] | None = None) -> None:
+        self.data, self.sampler, self.begin = data, sampler, begin
         self.dataset = range(len(data))
         self.batch_sampler = None  # Lightning looks for it beside `sampler`
         self._position = 0
@@ -496,7 +519,7 @@ class IndexLoader:
         sampler, size = self.sampler, self.sampler.batch_size
         order = sampler.order()
         on_device = order.to(self.data.device)
-        self._position, sampler.start = sampler.start, 0
+        self._position, sampler.start = max(sampler.start, self.begin() if self.begin else 0), 0
         for i in range(self._position, len(sampler)):
             part = slice(i * size, (i + 1) * size)
             self._position = i + 1
@@ -515,11 +538,12 @@ class ResumableLoader(DataLoader):
     """A DataLoader over `EpochBatches` that knows how many batches it gave out."""
 
     _position = 0
+    begin: Callable[[], int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.sampler
         assert isinstance(sampler, EpochBatches)
-        self._position = sampler.start
+        self._position = sampler.start = max(sampler.start, self.begin() if self.begin else 0)
         for batch in super().__iter__():
             self._position += 1
             yield batch

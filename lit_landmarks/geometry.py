@@ -89,7 +89,7 @@ def flip_permutation(num_landmarks: int, flip_pairs: list[list[int]]) -> list[in
     for pair in flip_pairs:
         if len(pair) != 2 or not all(0 <= i < num_landmarks for i in pair):
             raise ValueError(f"flip_pairs: expected pairs of indices from 0 to {num_landmarks - 1}, got {pair}")
-        if seen & set(pair):
+        if seen & set(pair) or len(set(pair)) < 2:
             raise ValueError(f"flip_pairs: an index appears twice, in {pair}")
         seen |= set(pair)
         a, b = pair

@@ -101,8 +101,8 @@ class GraphedStep:
     def _keep_gradients(self) -> None:
         """Move the gradients of an earlier micro-batch out of the graphs' memory.
 
-        The two graphs share a pool: the backward pass put its gradients where activations had been, and the next forward
-        pass writes its activations there again.
+        The two graphs share a pool: the backward pass put its gradients where activations had been, and the next
+        forward pass writes its activations there again.
         """
         if not self._sums:
             self._sums = [torch.empty_like(g) for g in self._grads]

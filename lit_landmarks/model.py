@@ -10,12 +10,14 @@ Three families of decoder:
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -152,13 +154,13 @@ class SmpBody(nn.Module):
         try:
             model = getattr(smp, architectures[decoder.lower()])(
                 encoder_name=name,
-                encoder_weights="imagenet" if pretrained is True else None,
+                encoder_weights=("imagenet" if native else True) if pretrained is True else None,
                 in_channels=in_channels,
                 classes=1,
             )
-        except (OSError, RuntimeError) as error:
-            if pretrained is not True:
-                raise
+        except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+            if pretrained is not True or not isinstance(error, OSError | RuntimeError):
+                raise InputError(f"model.decoder: {decoder} over {backbone}: {first_line(error)}") from error
             raise InputError(f"model.pretrained: no weights for {backbone} ({first_line(error)}); {WAY_OUT}") from error
         self.encoder: nn.Module = model.encoder
         if isinstance(pretrained, str):
@@ -177,9 +179,9 @@ class SmpBody(nn.Module):
     def _measure_stride(self, in_channels: int) -> int:
         was_training = self.training
         self.eval()
-        out = self(torch.zeros(1, in_channels, 64, 64))
+        out = self(torch.zeros(1, in_channels, 256, 256))  # PAN pools five times and then three more
         self.train(was_training)
-        return 64 // out.shape[-1]
+        return 256 // out.shape[-1]
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) to (B, channels, H / stride, W / stride)."""
@@ -251,17 +253,30 @@ def load_weights(module: nn.Module, path: str) -> None:
             state: dict[str, Tensor] = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)  # type: ignore[assignment]
     except Exception as error:
         raise InputError(f"model.pretrained: {path} is not a weights file ({first_line(error)})") from error
-    state = state.get("state_dict", state)  # type: ignore[assignment]
     own = module.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    fitting = {name: found for name, tensor in own.items() if (found := _fitting(name, tensor, state)) is not None}
     if len(fitting) * 2 < len(own):
         raise InputError(
             f"model.pretrained: {path} holds {len(fitting)} of the {len(own)} tensors of this backbone; "
             "expected a file saved from the same architecture"
         )
     module.load_state_dict(fitting, strict=False)
+
+
+def _fitting(name: str, own: Tensor, state: dict[str, Tensor]) -> Tensor | None:
+    """A file's tensor for one of ours, under the names that timm and segmentation-models-pytorch give it."""
+    plain = name.removeprefix("model.")  # smp's wrapper around timm
+    # timm's feature extractors flatten their first level: stages.0 becomes stages_0.
+    names = (name, plain, re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", plain))
+    found = next((state[n] for n in names if n in state and isinstance(state[n], Tensor)), None)
+    if found is None or found.shape == own.shape:
+        return found
+    if own.ndim == 4 and own.shape[1] == 1 and found.shape == (own.shape[0], 3, *own.shape[2:]):
+        return adapt_input_conv(1, found)  # a grey image's three equal channels, summed
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import cv2
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
@@ -215,7 +216,7 @@ class LitLandmarks(LightningModule):
         trainer = self._trainer
         fresh = trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path is None
         wanted = fresh and h["init_from"] is None and h["pretrained"]
-        if wanted and trainer is not None and trainer.fast_dev_run:
+        if wanted and trainer is not None and getattr(trainer, "fast_dev_run", False):
             rank_zero_info("fast_dev_run: the pretrained weights are not fetched")
             wanted = False
         # Lightning calls this with the GPU as default device, but libraries place some tensors on the CPU whatever the
@@ -268,7 +269,8 @@ class LitLandmarks(LightningModule):
         for path in self.hparams["ensemble"]:
             if not Path(path).is_file():
                 raise InputError(f"model.ensemble: no file {path}")
-            member = LitLandmarks.load_from_checkpoint(path, map_location=self.device, ensemble=None)
+            shared = {k: self.hparams[k] for k in ("tta", "tta_scales", "flip_pairs")}
+            member = LitLandmarks.load_from_checkpoint(path, map_location=self.device, ensemble=None, **shared)
             if member.hparams["num_landmarks"] != self.hparams["num_landmarks"]:
                 raise InputError(f"model.ensemble: {path} has {member.hparams['num_landmarks']} landmarks")
             if tuple(member.hparams["image_size"]) != self._frame or member.hparams["stride"] != self.hparams["stride"]:
@@ -427,8 +429,13 @@ class LitLandmarks(LightningModule):
             metric = self.metrics[f"{stage}_{unit}"]
             assert isinstance(metric, RadialError)
             metric.update(points, batch.target, mask, scale)
-        error = ((points - batch.target) * spacing[:, None]).square().sum(-1).sqrt()
-        return {"points": points, "frame_points": found.points, "score": found.score, "error": error}
+        return {
+            "points": points,
+            "frame_points": found.points,
+            "score": found.score,
+            "error_px": (points - batch.target).square().sum(-1).sqrt(),
+            "error_mm": ((points - batch.target) * batch.spacing[:, None]).square().sum(-1).sqrt(),  # NaN where unknown
+        }
 
     def on_validation_epoch_end(self) -> None:
         """Log the pooled metrics."""
@@ -487,9 +494,9 @@ class LitLandmarks(LightningModule):
         Returns:
             x and y in pixels of that image.
         """
+        if image.ndim == 3 and self.hparams["in_channels"] == 1:
+            image = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)  # the weights that readers get
         channels = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
-        if channels.shape[0] == 3 and self.hparams["in_channels"] == 1:
-            channels = channels.mean(0, keepdims=True).round().astype(np.uint8)
         box = Letterbox((image.shape[0], image.shape[1]), self._frame)
         framed = torch.from_numpy(box.apply(np.ascontiguousarray(channels)))[None].to(self.device)
         was_training = self.training

@@ -46,7 +46,7 @@ def overlay(
         (H', W', 3) uint8 RGB.
     """
     zoom = max(1.0, least_side / image.shape[1])
-    canvas = np.ascontiguousarray(np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3)))
+    canvas = np.array(np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3)), order="C")
     if zoom > 1:
         canvas = np.asarray(cv2.resize(canvas, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_LINEAR), np.uint8)
     radius = max(2, round(canvas.shape[0] / 200))
@@ -100,6 +100,7 @@ def save_rgb(path: Path, image: NDArray[np.uint8]) -> None:
 
 
 class _Seen(NamedTuple):
+    known: bool  # whether the error is in mm; such images come first where some are not
     error: float
     order: int  # breaks ties, so that arrays are never compared
     image: NDArray[np.uint8]
@@ -126,6 +127,8 @@ class LandmarkPlots(Callback):
     """
 
     def __init__(self, worst: int = 4, every_n_epochs: int = 25) -> None:
+        if worst < 0 or every_n_epochs < 1:
+            raise ValueError("plots: expected worst of 0 or more and every_n_epochs of 1 or more")
         self.worst, self.every_n_epochs = worst, every_n_epochs
         self.artifacts: list[Path] = []
         self._heap: list[_Seen] = []
@@ -154,7 +157,13 @@ class LandmarkPlots(Callback):
         self._start()
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep the worst of a batch."""
         if self._due(trainer):
@@ -163,17 +172,20 @@ class LandmarkPlots(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def _collect(self, outputs: Any, batch: Any) -> None:
-        errors = outputs["error"].double().cpu().numpy()
-        self._errors.append(errors)
-        target = transform_points(batch.matrix, batch.target).float().cpu().numpy()
-        points = outputs["frame_points"].float().cpu().numpy()
-        for i, row in enumerate(errors):
+        in_px, in_mm = to_numpy(outputs["error_px"]), to_numpy(outputs["error_mm"])
+        self._errors.append(np.stack((in_px, in_mm)))
+        target = to_numpy(transform_points(batch.matrix, batch.target).float())
+        points = to_numpy(outputs["frame_points"].float())
+        for i in range(len(points)):
+            known = bool(np.isfinite(in_mm[i]).any())
+            row = in_mm[i] if known else in_px[i]
             mean = float(np.nanmean(row)) if np.isfinite(row).any() else 0.0
             self._count += 1
-            if len(self._heap) >= self.worst and mean <= self._heap[0].error:
+            if len(self._heap) >= self.worst and (known, mean) <= self._heap[0][:2]:
                 continue
-            image = batch.image[i].cpu().numpy()
-            seen = _Seen(mean, self._count, image, points[i], target[i], int(batch.position[i]))
+            seen = _Seen(
+                known, mean, self._count, to_numpy(batch.image[i]), points[i], target[i], int(batch.position[i])
+            )
             (heapq.heappushpop if len(self._heap) >= self.worst else heapq.heappush)(self._heap, seen)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,21 +206,22 @@ class LandmarkPlots(Callback):
         names = getattr(pl_module, "landmark_names", [])
         data = trainer.datamodule  # type: ignore[attr-defined]
         files = data.names(stage) if data is not None and hasattr(data, "names") else []
-        unit = "mm" if f"{stage}/mre_mm" in trainer.callback_metrics else "px"
+        both = np.concatenate(self._errors, axis=1)
+        in_mm = bool(np.isfinite(both[1]).any())
+        errors, unit = (both[1], "mm") if in_mm else (both[0], "px")
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "overlays"
         board = [lg.experiment for lg in trainer.loggers if isinstance(lg, TensorBoardLogger)]
         self.artifacts = []
         for rank, seen in enumerate(sorted(self._heap, reverse=True), start=1):
             file = files[seen.position] if seen.position < len(files) else str(seen.position)
-            picture = overlay(
-                seen.image, seen.points, seen.target, names, f"{file}  mean error {seen.error:.2f} {unit}"
-            )
+            measured = f"{seen.error:.2f} {'mm' if seen.known else 'px'}"
+            caption = f"{file}  mean error {measured}"
+            picture = overlay(seen.image, seen.points, seen.target, names, caption)
             path = folder / f"{stage}_worst_{rank}.png"
             save_rgb(path, picture)
             self.artifacts.append(path)
             for writer in board:
                 writer.add_image(f"{stage}/worst_{rank}", picture, trainer.global_step, dataformats="HWC")
-        errors = np.concatenate(self._errors)
         counts = np.isfinite(errors).sum(0)
         mean = np.where(counts > 0, np.nansum(errors, axis=0) / np.maximum(counts, 1), np.nan)
         figure = landmark_bars(mean, names or [str(i + 1) for i in range(len(mean))], unit)

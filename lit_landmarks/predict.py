@@ -86,9 +86,10 @@ class PredictionWriter(BasePredictionWriter):
             framed = to_numpy(transform_points(batch.matrix, prediction["points"]))
             images = to_numpy(batch.image)
             for i, index in enumerate(prediction["index"].tolist()):
-                path = self._target(trainer) / f"{Path(files[index]).stem}.png"
+                flat = files[index].replace("/", "_")
+                path = self._target(trainer) / f"{Path(flat).stem}.png"
                 if path in self.artifacts:  # two files may differ in their extension alone
-                    path = path.with_name(f"{files[index]}.png")
+                    path = path.with_name(f"{flat}.png")
                 save_rgb(path, overlay(images[i], framed[i], names=names, caption=files[index]))
                 self.artifacts.append(path)
 

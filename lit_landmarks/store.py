@@ -97,7 +97,10 @@ def prepare(
             images, sizes = np.load(path, mmap_mode=None if in_memory else "r"), np.load(sizes_path)
         except (ValueError, EOFError, OSError):
             images = None  # a damaged cache is only a lost minute
-        if images is not None and images.shape != (len(samples), channels, *size):
+        if images is not None and (images.shape, np.shape(sizes)) != (
+            (len(samples), channels, *size),
+            (len(samples), 2),
+        ):
             images = None
     if images is None or sizes is None:
         images, sizes = _decode(samples, size, channels, threads)
