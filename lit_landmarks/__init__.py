@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_landmarks.augment import Augmentation
-    from lit_landmarks.data import LandmarkBatch, LandmarkData
+    from lit_landmarks.data import LandmarkData
+    from lit_landmarks.loaders import LandmarkBatch
     from lit_landmarks.metrics import MeanRadialError, RadialError, SuccessDetectionRate
     from lit_landmarks.model import HeatmapNet
     from lit_landmarks.module import LitLandmarks
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Augmentation": "augment",
     "HeatmapNet": "model",
-    "LandmarkBatch": "data",
+    "LandmarkBatch": "loaders",
     "LandmarkData": "data",
     "LandmarkPlots": "plots",
     "LitLandmarks": "module",

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_cli.errors import InputError
 from lit_landmarks.augment import AlbumentationsAugment, Augmentation, augment_batch
-from lit_landmarks.geometry import invert_affine, transform_points
+from lit_landmarks.loaders import (
+    BatchDataset,
+    EpochBatches,
+    IndexLoader,
+    LandmarkBatch,
+    Resident,
+    ResumableLoader,
+    quiet_worker,
+)
 from lit_landmarks.readers import make_reader
 from lit_landmarks.samples import LandmarkSample, LandmarkTable, find_images
 from lit_landmarks.store import Prepared, default_cache_dir, prepare
 from lit_landmarks.synthetic import SyntheticCephalograms
-
-
-class LandmarkBatch(NamedTuple):
-    """A batch of B images with K landmarks each."""
-
-    image: Tensor  # (B, C, H, W) uint8 in the frame; float32 in [0, 1] once augmented
-    points: Tensor  # (B, K, 2) float32, frame pixels, NaN where missing
-    matrix: Tensor  # (B, 3, 3) float64, original pixels to frame pixels
-    target: Tensor  # (B, K, 2) float64, original pixels, NaN where missing
-    spacing: Tensor  # (B, 2) float64, mm per original pixel along x and y, NaN where unknown
-    position: Tensor  # (B,) int64, position in the split
-    seed: Tensor  # () int64 on the CPU: everything random about this batch follows from it
 
 
 class LandmarkData(LightningDataModule):
@@ -131,7 +123,7 @@ class LandmarkData(LightningDataModule):
             raise InputError(f"data.fold: with holdout {holdout} there are {int(1 / holdout)} folds from 0, got {fold}")
         self._table: LandmarkTable | None = None
         self._prepared: dict[str, Prepared] = {}
-        self._on_device: dict[tuple[str, torch.device], _Resident] = {}
+        self._on_device: dict[tuple[str, torch.device], Resident] = {}
 
     # ---- what the module asks ------------------------------------------------------------------------------------
 
@@ -208,7 +200,7 @@ class LandmarkData(LightningDataModule):
             prefetch_factor=self.hparams["prefetch_factor"] if workers else None,
             persistent_workers=bool(self.hparams["persistent_workers"] and workers),
             pin_memory=bool(self.hparams["pin_memory"] and torch.cuda.is_available()),
-            worker_init_fn=_quiet_worker,
+            worker_init_fn=quiet_worker,
         )
         loader.begin = self._batches_done
         return loader
@@ -219,7 +211,9 @@ class LandmarkData(LightningDataModule):
         Lightning makes the loaders (to count the steps) before it restores its loops, so their saved state comes too
         late; and that state counts batches given out, which an interrupt can leave one ahead of those trained on.
         """
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer is not None else 0
+        if self.trainer is None or not self.trainer.training:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def val_dataloader(self) -> Any:
         """The hold-out (or the data's own `val` split) in order; none if nothing is held out."""
@@ -369,12 +363,12 @@ class LandmarkData(LightningDataModule):
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
 
-    def _resident(self, split: str) -> _Resident:
+    def _resident(self, split: str) -> Resident:
         key = (split, self._device)
         if key not in self._on_device:
             prepared = self._get(split)
             resident = self._resolve_store(prepared) == "gpu"
-            self._on_device[key] = _Resident(prepared, self._device, resident)
+            self._on_device[key] = Resident(prepared, self._device, resident)
             if resident:
                 rank_zero_info(
                     f"{split}: {len(prepared)} images, {prepared.images.nbytes / 2**20:.0f} MiB on {self._device}"
@@ -399,198 +393,3 @@ def _frame(image_size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
 def _memory() -> int:
     """Bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 * 2**30
-
-
-def _quiet_worker(_: int) -> None:
-    """One OpenCV thread per worker: more of them only fight for the same cores."""
-    import cv2
-
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-
-
-class EpochBatches(DistributedSampler):
-    """Yields whole batches as (indices, seed), from the seed and the epoch alone.
-
-    It is a `DistributedSampler` because that is what tells Lightning to leave sharding to it: each rank gets every
-    world-th index and, in evaluation, no index twice.
-
-    Args:
-        length: Number of samples.
-        batch_size: Samples per batch and rank.
-        shuffle: New order each epoch.
-        drop_last: Leave out a last batch that is not full; in training all ranks then make the same number of steps.
-        seed: Seeds order and augmentation.
-        rank: This process.
-        world: Number of processes.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        *,
-        shuffle: bool,
-        drop_last: bool,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        super().__init__(range(length), world, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)  # type: ignore[arg-type]
-        self.length, self.batch_size = length, batch_size
-        self.start = 0  # batches to skip in the next pass, after a resume
-
-    def __len__(self) -> int:
-        """Batches of one epoch on this rank."""
-        if not self.shuffle:
-            return math.ceil(len(range(self.rank, self.length, self.num_replicas)) / self.batch_size)
-        share = self.length // self.num_replicas  # the same on all ranks, or they would wait for each other
-        return max(1, share // self.batch_size if self.drop_last else math.ceil(share / self.batch_size))
-
-    def order(self) -> Tensor:
-        """This rank's indices for the current epoch."""
-        if not self.shuffle:
-            return torch.arange(self.rank, self.length, self.num_replicas)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return torch.randperm(self.length, generator=generator)[self.rank :: self.num_replicas]
-
-    def batch_seed(self, batch: int) -> int:
-        """Seed of a batch: different for every epoch, batch and rank."""
-        return int(np.random.SeedSequence((self.seed, self.epoch, batch, self.rank)).generate_state(1, np.uint32)[0])
-
-    def __iter__(self) -> Iterator[Any]:
-        order, start = self.order(), self.start
-        self.start = 0
-        for i in range(start, len(self)):
-            yield order[i * self.batch_size : (i + 1) * self.batch_size], self.batch_seed(i)
-
-
-class _Resident:
-    """A split as tensors on a device; images stay in host memory if they do not fit."""
-
-    def __init__(self, data: Prepared, device: torch.device, images_too: bool) -> None:
-        self.device = device
-        if images_too and not data.images.flags.writeable:
-            self.images: Any = torch.from_numpy(np.array(data.images)).to(device)
-        else:
-            self.images = torch.from_numpy(data.images).to(device) if images_too else data.images
-        self.points = data.points().to(device)
-        self.matrices = torch.from_numpy(data.matrices).to(device)
-        self.targets = torch.from_numpy(data.targets).to(device)
-        self.spacing = torch.from_numpy(data.spacing).to(device)
-
-    def __len__(self) -> int:
-        return len(self.points)
-
-    def batch(self, order: Tensor, host_order: Tensor, seed: int) -> LandmarkBatch:
-        """The samples `order` (indices on the device; `host_order` is the same on the host)."""
-        if isinstance(self.images, Tensor):
-            image = self.images[order]
-        else:
-            image = torch.from_numpy(np.ascontiguousarray(self.images[host_order.numpy()])).to(self.device)
-        return LandmarkBatch(
-            image,
-            self.points[order],
-            self.matrices[order],
-            self.targets[order],
-            self.spacing[order],
-            order,
-            torch.tensor(seed),
-        )
-
-
-class IndexLoader:
-    """A loader without workers: a batch is an index into tensors that lie on the device already.
-
-    Stateful, so that Lightning resumes in the middle of an epoch with the batch that would have come next.
-    """
-
-    def __init__(self, data: _Resident, sampler: EpochBatches, begin: Callable[[], int] | None = None) -> None:
-        self.data, self.sampler, self.begin = data, sampler, begin
-        self.dataset = range(len(data))
-        self.batch_sampler = None  # Lightning looks for it beside `sampler`
-        self._position = 0
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[LandmarkBatch]:
-        # A generator: nothing runs before the first batch, when Lightning has told the sampler its epoch.
-        sampler, size = self.sampler, self.sampler.batch_size
-        order = sampler.order()
-        on_device = order.to(self.data.device)
-        self._position, sampler.start = max(sampler.start, self.begin() if self.begin else 0), 0
-        for i in range(self._position, len(sampler)):
-            part = slice(i * size, (i + 1) * size)
-            self._position = i + 1
-            yield self.data.batch(on_device[part], order[part], sampler.batch_seed(i))
-
-    def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch were given out."""
-        return {"position": self._position % max(1, len(self))}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next pass there."""
-        self.sampler.start = state["position"]
-
-
-class ResumableLoader(DataLoader):
-    """A DataLoader over `EpochBatches` that knows how many batches it gave out."""
-
-    _position = 0
-    begin: Callable[[], int] | None = None
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        sampler = self.sampler
-        assert isinstance(sampler, EpochBatches)
-        self._position = sampler.start = max(sampler.start, self.begin() if self.begin else 0)
-        for batch in super().__iter__():
-            self._position += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch were given out."""
-        return {"position": self._position % max(1, len(self))}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next pass there."""
-        sampler = self.sampler
-        assert isinstance(sampler, EpochBatches)
-        sampler.start = state["position"]
-
-
-class BatchDataset(Dataset):
-    """Whole batches for loader workers: uint8 images leave the worker, floats and heatmaps are made on the device."""
-
-    def __init__(self, data: Prepared, transform: AlbumentationsAugment | None) -> None:
-        self.data, self.transform = data, transform
-        self.points = data.points()
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, item: tuple[Tensor, int]) -> LandmarkBatch:
-        order, seed = item
-        index = order.numpy()
-        image, points = np.ascontiguousarray(self.data.images[index]), self.points[order]
-        if self.transform is not None:
-            pairs = [
-                self.transform(i, p, seed + 7919 * n)
-                for n, (i, p) in enumerate(zip(image, points.numpy(), strict=True))
-            ]
-            image = np.stack([i for i, _ in pairs])
-            points = torch.from_numpy(np.stack([p for _, p in pairs]))
-        return LandmarkBatch(
-            torch.from_numpy(image),
-            points,
-            torch.from_numpy(self.data.matrices[index]),
-            torch.from_numpy(self.data.targets[index]),
-            torch.from_numpy(self.data.spacing[index]),
-            order,
-            torch.tensor(seed),
-        )
-
-
-def original_points(points: Tensor, matrix: Tensor) -> Tensor:
-    """Frame pixels back to original pixels, float64; the one place where geometry is inverted."""
-    return transform_points(invert_affine(matrix), points.double())

@@ -78,6 +78,11 @@ def invert_affine(matrix: Tensor) -> Tensor:
     return out
 
 
+def original_points(points: Tensor, matrix: Tensor) -> Tensor:
+    """Frame pixels back to original pixels, float64; the one place where geometry is inverted."""
+    return transform_points(invert_affine(matrix), points.double())
+
+
 def flip_permutation(num_landmarks: int, flip_pairs: list[list[int]]) -> list[int]:
     """The order of landmarks after a left-right flip, from pairs of 0-based indices.
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from lit_cli.errors import InputError
 from lit_landmarks import heatmaps as hm
-from lit_landmarks.data import LandmarkBatch, LandmarkData, original_points
-from lit_landmarks.geometry import Letterbox, flip_permutation
+from lit_landmarks.data import LandmarkBatch, LandmarkData
+from lit_landmarks.geometry import Letterbox, flip_permutation, original_points
 from lit_landmarks.graph import GraphedStep
 from lit_landmarks.losses import HeatmapLoss, LossName, heatmap_loss
 from lit_landmarks.metrics import RadialError

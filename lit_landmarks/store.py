@@ -97,7 +97,7 @@ def prepare(
             images, sizes = np.load(path, mmap_mode=None if in_memory else "r"), np.load(sizes_path)
         except (ValueError, EOFError, OSError):
             images = None  # a damaged cache is only a lost minute
-        if images is not None and (images.shape, np.shape(sizes)) != (
+        if images is not None and (images.shape, sizes.shape if sizes is not None else None) != (
             (len(samples), channels, *size),
             (len(samples), 2),
         ):

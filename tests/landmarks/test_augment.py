@@ -90,7 +90,7 @@ def test_a_flip_swaps_pairs():
     torch.testing.assert_close(unpaired.points[flipped], out.points[flipped][:, [1, 0, 2]])
 
 
-@pytest.mark.parametrize("changes", [{}, {"elastic": 0.02, "cutout": 2, "flip": 0.5}], ids=["default", "everything"])
+@pytest.mark.parametrize("changes", [{}, {"elastic": 0.01, "cutout": 2, "flip": 0.5}], ids=["default", "everything"])
 def test_all_follows_from_the_seed(changes):
     images, points = batch()
     spec = Augmentation(**changes)
@@ -189,7 +189,7 @@ def test_probability_decides_which_images_are_moved():
     torch.testing.assert_close(augment_batch(images, points, replace(OFF, **STRONG, probability=0.0), 0).points, points)
 
 
-@pytest.mark.parametrize("changes", [{"elastic": 0.02}, {**STRONG, "elastic": 0.02, "flip": 0.5}])
+@pytest.mark.parametrize("changes", [{"elastic": 0.012}, {**STRONG, "elastic": 0.012, "flip": 0.5}])
 def test_elastic_points_are_where_their_pixel_went(changes):
     """An image of its own coordinates tells where each pixel was read; bilinear sampling is exact on it."""
     _, points = batch(16)
@@ -223,7 +223,7 @@ def test_elastic_points_are_where_their_pixel_went(changes):
         ({"flip": 1.5}, [], "augment.flip: expected 0 to 1"),
         ({"probability": -0.1}, None, "augment.probability: expected 0 to 1"),
         ({"cutout_size": 1.1}, None, "augment.cutout_size: expected 0 to 1"),
-        ({"elastic": 0.06}, None, "augment.elastic"),
+        ({"elastic": 0.013}, None, "augment.elastic"),
         ({"flip": 0.5}, None, "augment.flip needs data.flip_pairs"),
         ({"flip": 0.5}, [[0, 9]], "flip_pairs: expected pairs of indices from 0 to 2"),
         ({}, [[0, 9]], "flip_pairs: expected pairs of indices from 0 to 2"),
@@ -241,7 +241,7 @@ def test_senseless_values_are_named(changes, pairs, message):
 
 def test_sensible_values_pass():
     Augmentation().check(3, None)
-    Augmentation(flip=1.0, scale=0.9, elastic=0.02, cutout=3).check(3, [[0, 2]])
+    Augmentation(flip=1.0, scale=0.9, elastic=0.012, cutout=3).check(3, [[0, 2]])
 
 
 # ---- albumentations -------------------------------------------------------------------------------------------------
@@ -254,7 +254,6 @@ def test_sensible_values_pass():
         pytest.param({"scale": 0.15}, 0.06, id="scale"),
         pytest.param({"shift": 0.08}, 0.06, id="shift"),
         pytest.param(STRONG, 0.06, id="affine"),
-        pytest.param({"elastic": 0.01}, 0.3, id="elastic"),
         pytest.param({**STRONG, "flip": 0.5}, 0.06, id="flip"),
     ],
 )
@@ -284,7 +283,7 @@ def test_albumentations_scales_both_axes_alike():
 
 def test_albumentations_follows_the_seed():
     images, points = batch(1)
-    spec = Augmentation(elastic=0.01, cutout=1, flip=0.5)
+    spec = Augmentation(cutout=1, flip=0.5)
     transform = AlbumentationsAugment(spec, [[0, 1]])
     image, where = images[0].numpy(), points[0].numpy()
     a = transform(image, where, 11)
@@ -295,13 +294,12 @@ def test_albumentations_follows_the_seed():
         assert not np.array_equal(one, different)
 
 
-@pytest.mark.parametrize("changes", [{}, {"elastic": 0.01}], ids=["affine", "elastic"])
-def test_albumentations_takes_missing_and_outside_points(changes):
+def test_albumentations_takes_missing_and_outside_points():
     images, points = batch(1)
     where = points[0].numpy().copy()
     where[1] = np.nan
     where[2] = (-20.0, 400.0)
-    spec = Augmentation(cutout=3, cutout_size=0.8, flip=1.0, **changes)
+    spec = Augmentation(cutout=3, cutout_size=0.8, flip=1.0)
     _, moved = AlbumentationsAugment(spec, [[0, 2]])(images[0].numpy(), where, 5)
     assert np.isnan(moved[1]).all()
     assert np.isfinite(moved[[0, 2]]).all()

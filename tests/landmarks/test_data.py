@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_cli.errors import InputError
 from lit_landmarks.augment import Augmentation, augment_batch
-from lit_landmarks.data import EpochBatches, LandmarkBatch, LandmarkData, original_points
-from lit_landmarks.geometry import Letterbox
+from lit_landmarks.data import EpochBatches, LandmarkBatch, LandmarkData
+from lit_landmarks.geometry import Letterbox, original_points
 from lit_landmarks.samples import LandmarkSample
 from lit_landmarks.store import default_cache_dir, prepare
 from tests.landmarks.layouts import write_csv, write_image, write_isbi, write_kaggle
@@ -525,3 +525,8 @@ def test_auto_store_follows_the_size(tmp_path, monkeypatch):
     assert data._resolve_store(huge) == "ram"
     huge.images.nbytes = 20 * 2**30
     assert data._resolve_store(huge) == "disk"
+
+
+def test_elastic_is_refused_where_albumentations_would_round_the_points():
+    with pytest.raises(InputError, match=r"data\.augment\.elastic"):
+        LandmarkData(format="synthetic", augment=Augmentation(elastic=0.01), augment_on="cpu")

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_landmarks.data import original_points
-from lit_landmarks.geometry import Letterbox, flip_permutation, invert_affine, transform_points
+from lit_landmarks.geometry import Letterbox, flip_permutation, invert_affine, original_points, transform_points
 
 
 def blobs(points, size, sigma):

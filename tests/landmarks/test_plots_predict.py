@@ -136,7 +136,7 @@ class Errors(LandmarkPlots):
         self.told, self.drawn = {}, []
 
     def _collect(self, outputs, batch):
-        for position, row in zip(batch.position.tolist(), outputs["error"], strict=True):
+        for position, row in zip(batch.position.tolist(), outputs["error_mm"], strict=True):
             self.told[position] = float(row.nanmean())
         super()._collect(outputs, batch)
 
@@ -162,6 +162,7 @@ def test_the_worst_images_are_the_worst(tmp_path, worst, capsys):
     assert str(files[0]) in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:data.pixel_size is unknown")
 def test_the_caption_names_file_error_and_unit(tmp_path, monkeypatch):
     """Errors are in mm where pixel sizes are known, in pixels where not; at the first drawing as at any other."""
     captions, units = [], []
