@@ -75,7 +75,7 @@ def test_seeds_become_mean_and_deviation():
         isbi(0, 2.0, name="wide", holdout=0.2),
         isbi(0, 2.2, name="wide", holdout=0.2, fold=1),
     ]
-    test1, held = tables.isbi2015({"rows": rows}).split("Hold-outs")
+    test1, held = tables.isbi2015({"rows": rows}), tables.isbi2015_holdout({"rows": rows})
     first, junior, scaled = body(test1)
     assert first[:6] == ["h200", "mean", "none", "2", "1.100 ± 0.141", "0.90 to 1.30"]
     assert first[-1] == "150 s"
@@ -91,6 +91,12 @@ def test_landmarks_are_averaged_over_seeds():
 
     rows = [isbi(0, 1.0, per_landmark=one(0.4)), isbi(1, 1.0, per_landmark=one(0.6)), isbi(0, 1.0, annotator="junior")]
     assert body(tables.isbi2015_landmarks({"rows": rows})) == [["sella", "0.50", "0.50", "0.40", "99.0", "100.0"]]
+
+
+def test_hold_out_runs_say_what_they_changed():
+    row = isbi(0, 1.0, holdout=0.2, overrides=["--model.loss", "kl", "--data.image_size", "[800,640]"])
+    text = tables.isbi2015_holdout({"rows": [row]})
+    assert "| model.loss kl, data.image_size [800,640] |" in text
 
 
 def test_throughput_is_relative_to_the_plain_loop():
@@ -130,7 +136,13 @@ def test_codec_has_a_column_per_decoder():
 def test_sections_without_results_say_so(tmp_path):
     for name in tables.TABLES:
         assert tables.table_of(name, tmp_path) == tables.NOT_MEASURED
-    for make in (tables.profiles, tables.isbi2015, tables.isbi2015_landmarks, tables.throughput):
+    for make in (
+        tables.profiles,
+        tables.isbi2015,
+        tables.isbi2015_holdout,
+        tables.isbi2015_landmarks,
+        tables.throughput,
+    ):
         assert make({"rows": []}) == tables.NOT_MEASURED
 
 
