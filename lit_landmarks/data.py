@@ -286,11 +286,9 @@ class LandmarkData(LightningDataModule):
         if splits.get("val"):
             return splits[split]
         order = np.random.default_rng(h["seed"]).permutation(len(train))
-        if 0 < h["holdout"] * len(train) < 0.5:
-            raise InputError(
-                f"data.holdout: {h['holdout']} of {len(train)} training images is none; expected 0 or more"
-            )
         bounds = [round(len(train) * min(1.0, h["holdout"] * i)) for i in (h["fold"], h["fold"] + 1)]
+        if h["holdout"] > 0:  # of a handful of images one at least, rather than silently none
+            bounds[1] = max(bounds[1], bounds[0] + 1)
         held = set(order[bounds[0] : bounds[1]].tolist())
         return [s for i, s in enumerate(train) if (i in held) == (split == "val")]
 
