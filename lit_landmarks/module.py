@@ -469,7 +469,9 @@ class LitLandmarks(LightningModule):
                 if unit == "px" and key != "mre" and in_mm:
                     continue
                 name = key if key.startswith("sdr") else f"{key}_{unit}"
-                self.log(f"{stage}/{name}", value.float(), prog_bar=key == "mre" and (unit == "mm" or not in_mm))
+                # The metric is exact over all devices already; sync_dist only keeps Lightning from remarking on it.
+                shown = key == "mre" and (unit == "mm" or not in_mm)
+                self.log(f"{stage}/{name}", value.float(), prog_bar=shown, sync_dist=True)
 
     def predict_step(self, batch: LandmarkBatch, batch_idx: int) -> dict[str, Tensor]:
         """Landmarks in original pixels (B, K, 2), scores (B, K) and standard deviations in original pixels (B, K)."""

@@ -112,7 +112,8 @@ class _Seen(NamedTuple):
 class LandmarkPlots(Callback):
     """Overlays of the worst images and bars per landmark, as PNG files and in TensorBoard.
 
-    Files go to `<log folder>/overlays` after validations at `every_n_epochs`, after the last one, and after `test`.
+    Files go to `<log folder>/overlays` after validations at `every_n_epochs`, after the last one, and after `test`. With
+    several devices they show the images that the first one evaluated.
 
     Args:
         worst: Number of images, those with the largest mean error first; 0 switches the callback off.
@@ -201,6 +202,9 @@ class LandmarkPlots(Callback):
                 print(f"overlay: {path}")
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = (
+            Path(trainer.log_dir or trainer.default_root_dir) / "overlays"
+        )  # on every process: it asks the first one
         if not trainer.is_global_zero or not self._heap:
             return
         names = getattr(pl_module, "landmark_names", [])
@@ -209,7 +213,6 @@ class LandmarkPlots(Callback):
         both = np.concatenate(self._errors, axis=1)
         in_mm = bool(np.isfinite(both[1]).any())
         errors, unit = (both[1], "mm") if in_mm else (both[0], "px")
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "overlays"
         board = [lg.experiment for lg in trainer.loggers if isinstance(lg, TensorBoardLogger)]
         self.artifacts = []
         for rank, seen in enumerate(sorted(self._heap, reverse=True), start=1):

@@ -39,16 +39,12 @@ class PredictionWriter(BasePredictionWriter):
         self.artifacts: list[Path] = []
         self._rows = 0
 
-    def _target(self, trainer: Trainer) -> Path:
-        return Path(self.folder) if self.folder else Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
-
-    def _csv(self, trainer: Trainer) -> Path:
-        suffix = f".{trainer.global_rank}" if trainer.world_size > 1 else ""
-        return self._target(trainer) / f"predictions{suffix}.csv"
-
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the CSV."""
-        path = self._csv(trainer)
+        # Once and on every process: the log folder is asked of the first one.
+        default = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
+        suffix = f".{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = (Path(self.folder) if self.folder else default) / f"predictions{suffix}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             csv.writer(file).writerow(HEADER)
@@ -79,7 +75,7 @@ class PredictionWriter(BasePredictionWriter):
                 rows.append(
                     [files[index], k + 1, name, f"{x:.3f}", f"{y:.3f}", *mm, f"{score[i, k]:.4f}", f"{sd[i, k]:.3f}"]
                 )
-        with self._csv(trainer).open("a", newline="") as file:
+        with self.artifacts[0].open("a", newline="") as file:
             csv.writer(file).writerows(rows)
         self._rows += len(rows)
         if self.overlays:
@@ -87,7 +83,7 @@ class PredictionWriter(BasePredictionWriter):
             images = to_numpy(batch.image)
             for i, index in enumerate(prediction["index"].tolist()):
                 flat = files[index].replace("/", "_")
-                path = self._target(trainer) / f"{Path(flat).stem}.png"
+                path = self.artifacts[0].with_name(f"{Path(flat).stem}.png")
                 if path in self.artifacts:  # two files may differ in their extension alone
                     path = path.with_name(f"{flat}.png")
                 save_rgb(path, overlay(images[i], framed[i], names=names, caption=files[index]))
