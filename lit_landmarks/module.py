@@ -25,6 +25,7 @@ from lit_landmarks.graph import GraphedStep
 from lit_landmarks.losses import HeatmapLoss, LossName, heatmap_loss
 from lit_landmarks.metrics import RadialError
 from lit_landmarks.model import HeatmapNet, compile_blocks
+from lit_landmarks.schedule import auto_lr, warmup_cosine
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -35,32 +36,7 @@ log = logging.getLogger(__name__)
 # Mean and standard deviation that timm's weights were trained with; the grey ones are their averages.
 RGB_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GREY_STATISTICS = ((0.449,), (0.226,))
-LR_RULE = ((8, 5e-4), (12, 6e-4), (16, 6e-4), (20, 1e-3), (32, 1e-3))  # images per optimizer step, learning rate
 NO_DECAY_DIMENSIONS = 1  # biases and norms
-
-
-def auto_lr(effective_batch: int) -> float:
-    """Learning rate by images per optimizer step: 5e-4 up to 8, 6e-4 at 12-16, 1e-3 from 20, linear in between.
-
-    Example:
-        >>> auto_lr(4), auto_lr(14), auto_lr(18), auto_lr(64)
-        (0.0005, 0.0006, 0.0008, 0.001)
-    """
-    batches, rates = zip(*LR_RULE, strict=True)
-    return round(float(np.interp(effective_batch, batches, rates)), 10)
-
-
-def warmup_cosine(fraction: float, warmup: float, final: float) -> float:
-    """Factor on the learning rate after `fraction` of the run: linear warm-up, then cosine down to `final`.
-
-    Example:
-        >>> [round(warmup_cosine(f, 0.1, 0.0), 3) for f in (0.0, 0.05, 0.1, 0.55, 1.0)]
-        [0.0, 0.5, 1.0, 0.5, 0.0]
-    """
-    if fraction < warmup:
-        return fraction / warmup
-    progress = min(1.0, (fraction - warmup) / max(1e-12, 1 - warmup))
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class LitLandmarks(LightningModule):

@@ -112,8 +112,8 @@ class _Seen(NamedTuple):
 class LandmarkPlots(Callback):
     """Overlays of the worst images and bars per landmark, as PNG files and in TensorBoard.
 
-    Files go to `<log folder>/overlays` after validations at `every_n_epochs`, after the last one, and after `test`. With
-    several devices they show the images that the first one evaluated.
+    Files go to `<log folder>/overlays` after validations at `every_n_epochs`, after the last one, and after `test`.
+    With several devices they show the images that the first one evaluated.
 
     Args:
         worst: Number of images, those with the largest mean error first; 0 switches the callback off.
