@@ -351,7 +351,11 @@ def test_predict_needs_only_a_checkpoint_and_a_folder(tmp_path, capsys):
 
 
 def test_file_names_of_several_processes_do_not_collide(tmp_path):
-    writer = PredictionWriter(folder=str(tmp_path))
-    paths = {writer._csv(SimpleNamespace(world_size=2, global_rank=rank)) for rank in range(2)}
-    assert len(paths) == 2
-    assert writer._csv(SimpleNamespace(world_size=1, global_rank=0)) == tmp_path / "predictions.csv"
+    def csv_of(world_size, rank):
+        writer = PredictionWriter(folder=str(tmp_path))
+        trainer = SimpleNamespace(world_size=world_size, global_rank=rank, log_dir=None, default_root_dir="elsewhere")
+        writer.on_predict_start(trainer, None)
+        return writer.artifacts[0]
+
+    assert len({csv_of(2, rank) for rank in range(2)}) == 2
+    assert csv_of(1, 0) == tmp_path / "predictions.csv"
