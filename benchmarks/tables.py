@@ -35,6 +35,12 @@ NONE = "–"  # noqa: RUF001 - the sign for an empty cell
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
+def conditions(rows: Sequence[Row]) -> str:
+    """A sentence on what else the machine did, for rows that say so in `conditions`."""
+    said = sorted({row["conditions"] for row in rows if row.get("conditions")})
+    return f" Conditions: {'; '.join(said)}." if said else ""
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; the first column is text, the others are numbers.
 
@@ -99,7 +105,9 @@ def profiles(report: Report) -> str:
         return NOT_MEASURED
     text = (
         f"{origin(own)} The allocator was limited to the memory of the profile's card less 0.5 GB. Memory holds for "
-        f"that card as far as its kernels are the same; speed does not, hence the ratio to `{REFERENCE}`."
+        f"that card as far as its kernels are the same; speed does not, hence the ratio to `{REFERENCE}`. Where "
+        "launches bound it, `rtx3070ti_fast` and `rtx3070ti_quick`, which take equal steps, show the spread."
+        f"{conditions(own)}"
     )
     text = f"{_profile_table(sorted(own, key=_by_name), own)}\n\n{text}"
     if limits:
@@ -143,6 +151,7 @@ def isbi2015(report: Report) -> str:
         f"{origin(rows)} Test1, 150 images, 19 landmarks, trained on the 150 training images; seeds: mean ± sd. "
         "The interval is the bootstrap 95 % interval of the MRE over images, the widest of the seeds. Images are "
         "those of the challenge at half size (967 x 1200, 0.2 mm per pixel), re-encoded with loss."
+        f"{conditions(rows)}"
     )
     return f"{_isbi_table(rows)}\n\n{text}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +29,6 @@ from lit_landmarks.schedule import auto_lr, warmup_cosine
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
     from numpy.typing import NDArray
-
-log = logging.getLogger(__name__)
 
 # Mean and standard deviation that timm's weights were trained with; the grey ones are their averages.
 RGB_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -182,7 +179,7 @@ class LitLandmarks(LightningModule):
         if data.channels != h["in_channels"] and data.channels != 1:
             raise InputError(f"data.channels is {data.channels}, model.in_channels is {h['in_channels']}")
 
-    def configure_models(self) -> None:
+    def configure_model(self) -> None:
         """Build the network and the loss. Weights are only fetched for a fit that starts without a checkpoint."""
         h = self.hparams
         if self.net is not None:
@@ -211,12 +208,7 @@ class LitLandmarks(LightningModule):
             self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if fresh and h["init_from"] is not None:
             self._start_from(h["init_from"])
-
-    def configure_model(self) -> None:
-        """Lightning's hook; `configure_models` under the name the other packages use."""
-        self.configure_models()
-        if self.criterion is None:
-            self.criterion = heatmap_loss(self.hparams["loss"], sigma=self.sigma)
+        self.criterion = heatmap_loss(h["loss"], sigma=self.sigma)
 
     def _start_from(self, path: str) -> None:
         assert self.net is not None
@@ -267,7 +259,11 @@ class LitLandmarks(LightningModule):
                 )
 
     def on_fit_start(self) -> None:
-        """Compile, where that was asked for and a GPU is there."""
+        """Compile and prepare the graphs, where that was asked for and a GPU is there."""
+        self._compile()
+        self._graph = self._make_graph() if self.hparams["cuda_graph"] else None
+
+    def _compile(self) -> None:
         how = self.hparams["compile"]
         if how == "off":
             return
@@ -289,8 +285,6 @@ class LitLandmarks(LightningModule):
 
     def training_step(self, batch: LandmarkBatch, batch_idx: int) -> Tensor:
         """Loss of an augmented batch."""
-        if self._graph is None and self.hparams["cuda_graph"]:
-            self._graph = self._make_graph()
         step = self._graph or self._loss_of
         loss = step(batch.image, batch.points)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.image))
@@ -306,7 +300,6 @@ class LitLandmarks(LightningModule):
             why = "gradient checkpointing reads the random state on the host"
         if why is not None:
             rank_zero_warn(f"model.cuda_graph: not used, {why}")
-            self.hparams["cuda_graph"] = False
             return None
         assert self.net is not None
         return GraphedStep(self._loss_of, self.net)

@@ -85,6 +85,12 @@ def test_seeds_become_mean_and_deviation():
     assert "re-encoded" in test1
 
 
+def test_rows_may_say_what_else_the_machine_did():
+    text = tables.isbi2015({"rows": [isbi(0, 1.0, conditions="two runs at once"), isbi(1, 1.0)]})
+    assert "Conditions: two runs at once." in text
+    assert "Conditions" not in tables.isbi2015({"rows": [isbi(0, 1.0)]})
+
+
 def test_landmarks_are_averaged_over_seeds():
     def one(mre):
         return [{"name": "sella", "mre": mre, "sd": 0.5, "median": 0.4, "sdr_2mm": 99.0, "sdr_4mm": 100.0}]
