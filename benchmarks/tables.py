@@ -128,7 +128,7 @@ def _profile_table(rows: Sequence[Row], all_rows: Sequence[Row]) -> str:
 def _profile_cells(row: Row, reference: Row) -> list[str]:
     accumulate = row.get("accumulate", 1)
     batch = f"{row['batch']}" + (f" x {accumulate}" if accumulate > 1 else "")
-    name = row["name"] if row["name"].startswith(GUIDE_LIMIT) else f"`{row['name']}`"
+    name = row["name"] if " " in row["name"] else f"`{row['name']}`"
     card = f"{row['card_gb']} GB" if row.get("card_gb") else NONE
     fixed = [name, card, row["frame"], batch, row["precision"]]
     if not row["fits"]:

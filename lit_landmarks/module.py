@@ -293,8 +293,9 @@ class LitLandmarks(LightningModule):
     def _make_graph(self) -> GraphedStep | None:
         why = None
         if self.device.type != "cuda":
-            why = f"the device is {self.device.type}"
-        elif self.trainer.world_size > 1:
+            rank_zero_info(f"model.cuda_graph: ignored, the device is {self.device.type}")
+            return None
+        if self.trainer.world_size > 1:
             why = "several devices train together"
         elif self.hparams["gradient_checkpointing"]:
             why = "gradient checkpointing reads the random state on the host"
