@@ -225,7 +225,8 @@ def throughput(report: Report) -> str:
     rows: list[Row] = report["rows"]
     if not rows:
         return NOT_MEASURED
-    columns = grouped(rows, "network", "side")
+    groups = grouped(rows, "network", "side")
+    columns = {key: groups[key] for key in sorted(groups, key=lambda key: (key[0], -key[1]))}
     cells = []
     for (step, workers), members in grouped(rows, "step", "workers").items():
         name = step if workers is None else f"{step}, {workers} workers"
@@ -235,9 +236,25 @@ def throughput(report: Report) -> str:
     batch = listed(row.get("batch") for row in rows)
     text = (
         f"Training samples per second and, in brackets, the ratio to the fastest `{BASELINE}`. Batch "
-        f"{batch}, one GPU, medians of windows of whole steps. Steps marked + keep those above them. {origin(rows)}"
+        f"{batch}, one GPU, medians of windows of whole steps. Steps marked + keep those above them.{_windows(rows)} "
+        f"{origin(rows)}"
     )
     return f"{markdown(header, cells)}\n\n{text}"
+
+
+def _windows(rows: Sequence[Row]) -> str:
+    """A sentence on how far the windows of a row lie apart, with and without a graph."""
+    spreads: dict[bool, list[float]] = {True: [], False: []}
+    for row in rows:
+        if row.get("low") and row.get("high"):
+            spreads["CUDA graph" in row["step"]].append(row["high"] / row["low"] - 1)
+    if not all(spreads.values()):
+        return ""
+    parts = [f"{statistics.median(s):.0%} (at most {max(s):.0%})" for s in (spreads[True], spreads[False])]
+    return (
+        f" The fastest window of a row lies above its slowest by {parts[0]} with a CUDA graph and by {parts[1]} "
+        "without: the host sets the pace there, so differences of that size between such rows say nothing."
+    )
 
 
 def _rate(row: Row | None, column: Sequence[Row]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_cli.errors import InputError
+from lit_cli.optim import fused_adamw
 from lit_landmarks import heatmaps as hm
 from lit_landmarks.data import LandmarkBatch, LandmarkData
 from lit_landmarks.geometry import Letterbox, flip_permutation, original_points
@@ -487,22 +488,6 @@ class LitLandmarks(LightningModule):
         batch = data.batch_size if isinstance(data, LandmarkData) else 8
         return auto_lr(batch * self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
-    @property
-    def _has_scaler(self) -> bool:
-        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip a fused optimizer's gradients where nothing scales them; Lightning refuses to in mixed precision."""
-        if self._has_scaler or gradient_clip_algorithm == "value" or not gradient_clip_val:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        else:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with cosine decay, counted in optimizer steps of the whole run."""
         h, trainer = self.hparams, self.trainer
@@ -514,9 +499,7 @@ class LitLandmarks(LightningModule):
             {"params": [p for p in trained if p.ndim > NO_DECAY_DIMENSIONS], "weight_decay": h["weight_decay"]},
             {"params": [p for p in trained if p.ndim <= NO_DECAY_DIMENSIONS], "weight_decay": 0.0},
         ]
-        # Under a GradScaler a fused optimizer unscales inside its kernel, too late for clipping.
-        fused = not (self._has_scaler and trainer.gradient_clip_val)
-        optimizer = torch.optim.AdamW(groups, lr=lr, fused=fused)
+        optimizer = fused_adamw(groups, lr, clips=bool(trainer.gradient_clip_val))
         total = max(1, int(trainer.estimated_stepping_batches))
 
         def factor(step: int) -> float:
