@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,19 +14,13 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_cli.errors import InputError
+from lit_common.loaders import EpochBatches, IndexLoader, ResumableLoader, quiet_worker
+from lit_common.store import Store, batches_done, choose_store, default_cache_dir, fits_in_memory, root_device
 from lit_landmarks.augment import AlbumentationsAugment, Augmentation, augment_batch
-from lit_landmarks.loaders import (
-    BatchDataset,
-    EpochBatches,
-    IndexLoader,
-    LandmarkBatch,
-    Resident,
-    ResumableLoader,
-    quiet_worker,
-)
+from lit_landmarks.loaders import BatchDataset, LandmarkBatch, Resident
 from lit_landmarks.readers import make_reader
 from lit_landmarks.samples import LandmarkSample, LandmarkTable, find_images
-from lit_landmarks.store import Prepared, default_cache_dir, prepare
+from lit_landmarks.store import Prepared, prepare
 from lit_landmarks.synthetic import SyntheticCephalograms
 
 
@@ -84,7 +78,7 @@ class LandmarkData(LightningDataModule):
         holdout: float = 0.1,
         fold: int = 0,
         test_split: str = "auto",
-        store: Literal["auto", "gpu", "ram", "disk"] = "auto",
+        store: Store = "auto",
         cache_dir: str | None = None,
         augment: Augmentation | None = Augmentation(),  # noqa: B008 - never changed in place
         augment_on: Literal["device", "cpu"] = "device",
@@ -188,7 +182,7 @@ class LandmarkData(LightningDataModule):
         )
         store = self._resolve_store(split)
         if store == "gpu" and self.hparams["augment_on"] == "device":
-            return IndexLoader(self._resident("train"), sampler, self._batches_done)
+            return IndexLoader(self._resident("train"), sampler, partial(batches_done, self.trainer))
         workers: int = self.hparams["num_workers"]
         on_cpu = self._augment is not None and self.hparams["augment_on"] == "cpu"
         transform = AlbumentationsAugment(self._augment, self.flip_pairs) if on_cpu and self._augment else None
@@ -202,18 +196,8 @@ class LandmarkData(LightningDataModule):
             pin_memory=bool(self.hparams["pin_memory"] and torch.cuda.is_available()),
             worker_init_fn=quiet_worker,
         )
-        loader.begin = self._batches_done
+        loader.begin = partial(batches_done, self.trainer)
         return loader
-
-    def _batches_done(self) -> int:
-        """Batches of the current epoch that a resumed run has trained on already.
-
-        Lightning makes the loaders (to count the steps) before it restores its loops, so their saved state comes too
-        late; and that state counts batches given out, which an interrupt can leave one ahead of those trained on.
-        """
-        if self.trainer is None or not self.trainer.training:
-            return 0
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def val_dataloader(self) -> Any:
         """The hold-out (or the data's own `val` split) in order; none if nothing is held out."""
@@ -326,11 +310,10 @@ class LandmarkData(LightningDataModule):
     def _get(self, split: str) -> Prepared:
         if split not in self._prepared:
             cache = self.hparams["cache_dir"]
-            folder = None if cache == "none" else Path(cache) if cache else default_cache_dir()
+            folder = None if cache == "none" else Path(cache) if cache else default_cache_dir("landmarks")
             samples = self._samples(split)
             size = len(samples) * self.channels * self.image_size[0] * self.image_size[1]
-            fits = size < 0.5 * _memory()
-            in_memory = fits if self.hparams["store"] == "auto" else self.hparams["store"] != "disk"
+            in_memory = fits_in_memory(size) if self.hparams["store"] == "auto" else self.hparams["store"] != "disk"
             if any(s.path is None for s in samples):
                 folder = None  # drawn images are cheaper to draw again than to keep
             self._prepared[split] = prepare(samples, self.image_size, self.channels, folder, in_memory=in_memory)
@@ -342,35 +325,18 @@ class LandmarkData(LightningDataModule):
                 )
         return self._prepared[split]
 
-    def _resolve_store(self, split: Prepared) -> str:
-        store: str = self.hparams["store"]
-        if store != "auto":
-            return store
-        size = split.images.nbytes
-        device = self._device
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-            # A fifth leaves room for the network; beyond it the loader path is the safer default.
-            if size < 0.2 * free:
-                return "gpu"
-        elif size < 4 * 2**30:
-            return "gpu"  # without a GPU the device is the RAM, and no worker could be faster than an index
-        return "ram" if size < 0.5 * _memory() else "disk"
-
-    @property
-    def _device(self) -> torch.device:
-        return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
+    def _resolve_store(self, split: Prepared) -> Store:
+        return choose_store(self.hparams["store"], split.images.nbytes, root_device(self.trainer))
 
     def _resident(self, split: str) -> Resident:
-        key = (split, self._device)
+        device = root_device(self.trainer)
+        key = (split, device)
         if key not in self._on_device:
             prepared = self._get(split)
             resident = self._resolve_store(prepared) == "gpu"
-            self._on_device[key] = Resident(prepared, self._device, resident)
+            self._on_device[key] = Resident(prepared, device, resident)
             if resident:
-                rank_zero_info(
-                    f"{split}: {len(prepared)} images, {prepared.images.nbytes / 2**20:.0f} MiB on {self._device}"
-                )
+                rank_zero_info(f"{split}: {len(prepared)} images, {prepared.images.nbytes / 2**20:.0f} MiB on {device}")
         return self._on_device[key]
 
     def _in_order(self, split: str) -> IndexLoader:
@@ -386,8 +352,3 @@ def _frame(image_size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
     if len(sides) != 2 or any(s < 32 or s % 32 for s in sides):
         raise InputError(f"data.image_size: expected a multiple of 32, or [height, width] of such, got {image_size}")
     return int(sides[0]), int(sides[1])
-
-
-def _memory() -> int:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 * 2**30

@@ -1,15 +1,13 @@
-"""How samples become batches: an order that a seed decides, and loaders that resume where a run stopped."""
+"""Batches of landmark images, from the device or from loader workers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from lit_landmarks.augment import AlbumentationsAugment
 from lit_landmarks.store import Prepared
@@ -25,62 +23,6 @@ class LandmarkBatch(NamedTuple):
     spacing: Tensor  # (B, 2) float64, mm per original pixel along x and y, NaN where unknown
     position: Tensor  # (B,) int64, position in the split
     seed: Tensor  # () int64 on the CPU: everything random about this batch follows from it
-
-
-class EpochBatches(DistributedSampler):
-    """Yields whole batches as (indices, seed), from the seed and the epoch alone.
-
-    It is a `DistributedSampler` because that is what tells Lightning to leave sharding to it: each rank gets every
-    world-th index and, in evaluation, no index twice.
-
-    Args:
-        length: Number of samples.
-        batch_size: Samples per batch and rank.
-        shuffle: New order each epoch.
-        drop_last: Leave out a last batch that is not full; in training all ranks then make the same number of steps.
-        seed: Seeds order and augmentation.
-        rank: This process.
-        world: Number of processes.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        *,
-        shuffle: bool,
-        drop_last: bool,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        super().__init__(range(length), world, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)  # type: ignore[arg-type]
-        self.length, self.batch_size = length, batch_size
-        self.start = 0  # batches to skip in the next pass, after a resume
-
-    def __len__(self) -> int:
-        """Batches of one epoch on this rank."""
-        if not self.shuffle:
-            return math.ceil(len(range(self.rank, self.length, self.num_replicas)) / self.batch_size)
-        share = self.length // self.num_replicas  # the same on all ranks, or they would wait for each other
-        return max(1, share // self.batch_size if self.drop_last else math.ceil(share / self.batch_size))
-
-    def order(self) -> Tensor:
-        """This rank's indices for the current epoch."""
-        if not self.shuffle:
-            return torch.arange(self.rank, self.length, self.num_replicas)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return torch.randperm(self.length, generator=generator)[self.rank :: self.num_replicas]
-
-    def batch_seed(self, batch: int) -> int:
-        """Seed of a batch: different for every epoch, batch and rank."""
-        return int(np.random.SeedSequence((self.seed, self.epoch, batch, self.rank)).generate_state(1, np.uint32)[0])
-
-    def __iter__(self) -> Iterator[Any]:
-        order, start = self.order(), self.start
-        self.start = 0
-        for i in range(start, len(self)):
-            yield order[i * self.batch_size : (i + 1) * self.batch_size], self.batch_seed(i)
 
 
 class Resident:
@@ -117,66 +59,6 @@ class Resident:
         )
 
 
-class IndexLoader:
-    """A loader without workers: a batch is an index into tensors that lie on the device already.
-
-    Stateful, so that Lightning resumes in the middle of an epoch with the batch that would have come next.
-    """
-
-    def __init__(self, data: Resident, sampler: EpochBatches, begin: Callable[[], int] | None = None) -> None:
-        self.data, self.sampler, self.begin = data, sampler, begin
-        self.dataset = range(len(data))
-        self.batch_sampler = None  # Lightning looks for it beside `sampler`
-        self._position = 0
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[LandmarkBatch]:
-        # A generator: nothing runs before the first batch, when Lightning has told the sampler its epoch.
-        sampler, size = self.sampler, self.sampler.batch_size
-        order = sampler.order()
-        on_device = order.to(self.data.device)
-        self._position, sampler.start = max(sampler.start, self.begin() if self.begin else 0), 0
-        for i in range(self._position, len(sampler)):
-            part = slice(i * size, (i + 1) * size)
-            self._position = i + 1
-            yield self.data.batch(on_device[part], order[part], sampler.batch_seed(i))
-
-    def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch were given out."""
-        return {"position": self._position % max(1, len(self))}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next pass there."""
-        self.sampler.start = state["position"]
-
-
-class ResumableLoader(DataLoader):
-    """A DataLoader over `EpochBatches` that knows how many batches it gave out."""
-
-    _position = 0
-    begin: Callable[[], int] | None = None
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        sampler = self.sampler
-        assert isinstance(sampler, EpochBatches)
-        self._position = sampler.start = max(sampler.start, self.begin() if self.begin else 0)
-        for batch in super().__iter__():
-            self._position += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch were given out."""
-        return {"position": self._position % max(1, len(self))}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next pass there."""
-        sampler = self.sampler
-        assert isinstance(sampler, EpochBatches)
-        sampler.start = state["position"]
-
-
 class BatchDataset(Dataset):
     """Whole batches for loader workers: uint8 images leave the worker, floats and heatmaps are made on the device."""
 
@@ -207,11 +89,3 @@ class BatchDataset(Dataset):
             order,
             torch.tensor(seed),
         )
-
-
-def quiet_worker(_: int) -> None:
-    """One OpenCV thread per worker: more of them only fight for the same cores."""
-    import cv2
-
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_cli.errors import InputError
-from lit_cli.optim import fused_adamw
+from lit_common.graph import GraphedStep
+from lit_common.optim import fused_adamw
+from lit_common.schedule import warmup_cosine
 from lit_landmarks import heatmaps as hm
 from lit_landmarks.data import LandmarkBatch, LandmarkData
 from lit_landmarks.geometry import Letterbox, flip_permutation, original_points
-from lit_landmarks.graph import GraphedStep
 from lit_landmarks.losses import HeatmapLoss, LossName, heatmap_loss
 from lit_landmarks.metrics import RadialError
 from lit_landmarks.model import HeatmapNet, compile_blocks
-from lit_landmarks.schedule import auto_lr, warmup_cosine
+from lit_landmarks.schedule import auto_lr
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler

@@ -24,15 +24,6 @@ log = logging.getLogger(__name__)
 VERSION = 1  # raise it when preprocessing changes: old caches are then left alone
 
 
-def default_cache_dir() -> Path:
-    """`$LIT_CACHE`, else the user's cache folder."""
-    base = (
-        os.environ.get("LIT_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lit-vision-tasks"
-    )
-    return Path(base) / "landmarks"
-
-
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """One split, decoded and letterboxed.

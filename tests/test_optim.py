@@ -7,7 +7,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lit_cli.optim import fused_adamw
+from lit_common.optim import fused_adamw
 
 
 class Toy(LightningModule):

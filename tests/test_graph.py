@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_landmarks.graph import GraphedStep
+from lit_common.graph import GraphedStep
 from lit_landmarks.model import HeatmapNet
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
