@@ -1,0 +1,1 @@
+"""Deep-supervision U-Nets for volumes."""
