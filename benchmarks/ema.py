@@ -135,6 +135,7 @@ def averages() -> list[Average]:
         Average("ours", ours()),
         Average("ours, buffers copied", ours(buffers="copy")),
         Average("ours, fused fp16", ours(mark_on_device=True)),
+        Average("ours, offloaded", ours(offload=True)),
         Average("torch AveragedModel", torch_swa),
         Average("timm ModelEmaV3", timm_v3),
         Average("Lightning EMAWeightAveraging", lightning),
