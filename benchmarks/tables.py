@@ -298,6 +298,74 @@ def _codec(report: Report, rows: Sequence[Row]) -> str:
     return f"{markdown(header, cells)}\n\n{text}"
 
 
+def ema(report: Report) -> str:
+    """Cost of one update of an average, ours and others'."""
+    rows = [row for row in report["rows"] if "error" not in row]
+    if not rows:
+        return NOT_MEASURED
+    cells = []
+    for (network, step), members in grouped(rows, "network", "step").items():
+        first = members[0]
+        name = f"{network} ({first['params_m']:g} M), {step}, {first['step_ms']:.1f} ms"
+        cells += [[name, *_ema_cells(row, first)] for row in members]
+    header = ["network, step", "average", "update, µs", "ratio", "kernels", "GPU, µs", "adds to a step, µs", "share"]
+    first = rows[0]
+    text = (
+        f"Batch {first['batch']}, {first['side']} px, bf16. `update`: host and device together, nothing else running; "
+        "median of rounds. `adds to a step`: windows of steps with and without it, alternating; the host often waits "
+        f"anyway, so part of an update is free, and below the noise of the windows it can be negative. {origin(rows)}"
+        f"{conditions(rows)}"
+    )
+    return f"{markdown(header, cells)}\n\n{text}"
+
+
+def _ema_cells(row: Row, ours: Row) -> list[str]:
+    return [
+        row["average"],
+        f"{row['update_us']:.0f} ± {row['iqr_us']:.0f}",
+        f"{row['update_us'] / ours['update_us']:.1f}",
+        str(row["kernels"]),
+        number(row["gpu_us"], 0),
+        f"{row['added_us']:.0f} ± {row['added_iqr_us']:.0f}",
+        f"{row['share']:.2%}",
+    ]
+
+
+def memory_cleanup(report: Report) -> str:
+    """Speed and memory with each way to clean up, beside the same training without."""
+    rows = [row for row in report["rows"] if "error" not in row]
+    if not rows:
+        return NOT_MEASURED
+    cells = []
+    for (network, frames, limited), members in grouped(rows, "network", "frames", "limited").items():
+        plain = next((row for row in members if row["cleanup"] == "none"), {})
+        training = f"{network}, {frames} frames" + (f", limited to {members[0]['limit_gb']:.2f} GB" if limited else "")
+        cells += [[training, *_cleanup_cells(row, plain)] for row in members]
+    header = ["training", "cleanup", "every", "samples/s", "ratio", "peak reserved", "allocated", "retries"]
+    first = rows[0]
+    text = (
+        f"Batch {first['batch']}, largest frame {first['side']}, {first['precision']}, eager, images on the device; "
+        "medians of three windows, within one fit for fixed frames. `retries`: how often the allocator gave back its "
+        f"cache by itself because an allocation would have failed. {origin(rows)}{conditions(rows)}"
+    )
+    return f"{markdown(header, cells)}\n\n{text}"
+
+
+def _cleanup_cells(row: Row, plain: Row) -> list[str]:
+    every = NONE if row["cleanup"] == "none" else f"{row['every']} steps"
+    if not row["fits"]:
+        return [row["cleanup"], every, "out of memory", NONE, NONE, NONE, NONE]
+    base = plain.get("samples_per_s")
+    return [
+        row["cleanup"],
+        every,
+        number(row["samples_per_s"], 0),
+        f"{row['samples_per_s'] / base:.2f}" if base else NONE,
+        *(number(row.get(key), 2) + " GB" if row.get(key) is not None else NONE for key in _MEMORY),
+        NONE if row.get("retries") is None else str(row["retries"]),
+    ]
+
+
 _CODEC_CASE = ("input", "stride", "sigma_heatmap_px", "centre", "noise")
 
 TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
@@ -306,6 +374,8 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "isbi2015-holdout": ("isbi2015", isbi2015_holdout),
     "isbi2015-landmarks": ("isbi2015", isbi2015_landmarks),
     "throughput": ("throughput", throughput),
+    "ema": ("ema", ema),
+    "memory-cleanup": ("memory_cleanup", memory_cleanup),
     "codec": ("codec", codec),
     "codec-all": ("codec", codec_all),
 }

@@ -23,6 +23,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_callbacks import EMA
+from lit_callbacks.graceful import GracefulStop, report_of
+from lit_callbacks.oom import is_out_of_memory
+from lit_callbacks.safe_io import is_disk_full
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +33,8 @@ from lit_cli.errors import InputError
 from lit_cli.profiles import expand_profiles
 
 REFRESH_EVERY = 20  # batches; each refresh of the progress bar reads the loss and so waits for the device
+
+SMALLER = "halve --data.batch_size and double --trainer.accumulate_grad_batches, or take a profile of a smaller card"
 
 QUIET = (  # remarks of libraries on each other, about nothing that a user did
     r".*isinstance\(treespec, LeafSpec\)` is deprecated",
@@ -148,12 +153,18 @@ class LitCLI(LightningCLI):
             torch.backends.cudnn.allow_tf32 = precision != "highest"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add a progress bar that does not wait for the device at every batch, unless the user chose a bar."""
+        """Add what every run has, unless the user chose one.
+
+        A progress bar that does not wait for the device at every batch, and the graceful end of an interrupted fit.
+        """
         config = self._get(self.config_init, "trainer", default={})
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            kwargs["callbacks"] = [*callbacks, TQDMProgressBar(refresh_rate=REFRESH_EVERY)]
+            callbacks.append(TQDMProgressBar(refresh_rate=REFRESH_EVERY))
+        if not any(isinstance(c, GracefulStop) for c in callbacks):
+            callbacks.append(GracefulStop(resume="--ckpt_path {path}"))
+        kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
@@ -251,27 +262,34 @@ def run(
 ) -> LitCLI:
     """Run a task's command line; errors that are the user's to mend end it with one line and status 2.
 
-    `LIT_TRACEBACK=1` shows the traceback as well.
+    `LIT_TRACEBACK=1` shows the traceback as well. A signal ends it with 128 + its number, after `GracefulStop`'s line.
     """
     program = package.replace("_", "-")
     for noise in QUIET:
         warnings.filterwarnings("ignore", message=noise)
     try:
         return cli_class(model_class, datamodule_class, package, args)
-    except InputError as error:
-        _fail(program, str(error))
-    except MisconfigurationException as error:
-        _fail(program, str(error))
-    except torch.cuda.OutOfMemoryError as error:
-        _fail(
-            program,
-            f"out of GPU memory ({str(error).splitlines()[0]:.120}); halve --data.batch_size and double "
-            "--trainer.accumulate_grad_batches, or take a profile of a smaller card",
-        )
-    except OSError as error:
-        if error.filename is None and error.errno is None:
+    except Exception as error:
+        message = _message(error)
+        if message is None:
             raise
-        _fail(program, f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        report = report_of(error)  # a full disk's says all there is to say
+        if report is not None and not is_disk_full(error):
+            message = f"{message}; {report}"
+        _fail(program, message)
+
+
+def _message(error: Exception) -> str | None:
+    """What an error means in one line; None for one that a user cannot mend."""
+    if isinstance(error, InputError | MisconfigurationException):
+        return str(error)
+    if is_out_of_memory(error):
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"out of memory ({first:.120})" + ("" if report_of(error) else f"; {SMALLER}")
+    if isinstance(error, OSError) and not (error.filename is None and error.errno is None):
+        plain = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+        return (report_of(error) or plain) if is_disk_full(error) else plain
+    return None
 
 
 def _fail(program: str, message: str) -> NoReturn:

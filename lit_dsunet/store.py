@@ -39,6 +39,8 @@ class Case:
         centres: (N, 4) int16: class and voxel of foreground voxels, at most 10,000 of a class.
         geometry: Of the file.
         native_shape: (D, H, W) before resampling.
+        native_label: (D, H, W) uint8 before resampling, which metrics are computed on; the same array as `label`
+            where nothing was resampled.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Case:
     centres: NDArray[np.int16]
     geometry: Geometry
     native_shape: Triple
+    native_label: NDArray[np.uint8] | None = None
 
     @property
     def size(self) -> Triple:
@@ -126,17 +129,19 @@ def _load(folder: Path, name: str, in_memory: bool) -> Case | None:
         mode = None if in_memory else "r"
         image = np.load(folder / "image.npy", mmap_mode=mode)
         label = np.load(folder / "label.npy", mmap_mode=mode) if meta["label"] else None
+        native = np.load(folder / "native.npy", mmap_mode=mode) if meta["resampled"] else label
         centres = np.load(folder / "centres.npy")
     except (OSError, ValueError, KeyError, EOFError):
         return None
     geometry = Geometry(np.array(meta["affine"]), tuple(meta["shape"]), tuple(meta["spacing"]))
-    return Case(name, image, label, centres, geometry, tuple(meta["native_shape"]))
+    return Case(name, image, label, centres, geometry, tuple(meta["native_shape"]), native)
 
 
 def _save(folder: Path, case: Case) -> bool:
     """Write a case in one move; a full disk costs the cache, not the run."""
     meta = {
         "label": case.label is not None,
+        "resampled": case.native_label is not case.label,
         "affine": case.geometry.affine.tolist(),
         "shape": list(case.geometry.shape),
         "spacing": list(case.geometry.spacing),
@@ -150,6 +155,8 @@ def _save(folder: Path, case: Case) -> bool:
         np.save(scratch / "centres.npy", case.centres)
         if case.label is not None:
             np.save(scratch / "label.npy", case.label)
+        if case.native_label is not None and meta["resampled"]:
+            np.save(scratch / "native.npy", case.native_label)
         (scratch / "meta.json").write_text(json.dumps(meta))
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -273,13 +274,15 @@ class AlbumentationsAugment:
         self, image: NDArray[np.uint8], points: NDArray[np.float32], seed: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Augment one (C, H, W) uint8 image with (K, 2) points; NaN points stay NaN."""
-        self._transform.set_random_seed(seed % 2**32)
+        # `set_random_seed` would hand the same seed to every transform, and their draws would go together.
+        generator = np.random.default_rng(seed)
+        self._transform.set_random_state(generator, random.Random(seed))
         present = np.isfinite(points).all(1)
         out = self._transform(image=np.ascontiguousarray(image.transpose(1, 2, 0)), keypoints=points[present])
         new_image = np.asarray(out["image"]).reshape(*image.shape[1:], -1).transpose(2, 0, 1)
         moved = np.full_like(points, math.nan)
         moved[present] = np.asarray(out["keypoints"], np.float32).reshape(-1, 2)
-        if self._flip and np.random.default_rng(seed).random() < self._flip:
+        if self._flip and generator.random() < self._flip:
             new_image = new_image[:, :, ::-1]
             moved = moved[flip_permutation(len(points), self._pairs)]
             moved[:, 0] = image.shape[2] - 1 - moved[:, 0]

@@ -292,6 +292,10 @@ class LitLandmarks(LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.image))
         return loss
 
+    def eager_training_step(self, batch: LandmarkBatch, batch_idx: int) -> Tensor:
+        """The same without a captured graph, for batches of any size (`BatchSizeFit` asks for it)."""
+        return self._loss_of(batch.image, batch.points)
+
     def _make_graph(self) -> GraphedStep | None:
         why = None
         if self.device.type != "cuda":

@@ -139,6 +139,44 @@ def test_codec_has_a_column_per_decoder():
     assert len(body(tables.codec_all(report))) == 2
 
 
+def cleanup_row(cleanup, every=1, **values):
+    row = {"network": "unet_r34", "frames": "variable", "limited": False, "cleanup": cleanup, "every": every}
+    row |= {"side": 512, "batch": 12, "precision": "16-mixed", "limit_gb": None, "fits": True, "samples_per_s": 100.0}
+    return row | {"reserved_gb": 4.0, "allocated_gb": 3.0, "retries": 0} | ORIGIN | values
+
+
+def test_cleanup_compares_within_a_training():
+    limited = {"limited": True, "limit_gb": 3.15}
+    rows = [
+        cleanup_row("none"),
+        cleanup_row("both", 10, samples_per_s=50.0),
+        cleanup_row("none", **limited, samples_per_s=80.0, retries=7),
+        cleanup_row("both", 10, **limited, fits=False),
+        cleanup_row("gc.collect", error="broken"),
+    ]
+    first, second, third, fourth = body(tables.memory_cleanup({"rows": rows}))
+    assert first[1:] == ["none", tables.NONE, "100", "1.00", "4.00 GB", "3.00 GB", "0"]
+    assert second[1:5] == ["both", "10 steps", "50", "0.50"]
+    assert third[0] == "unet_r34, variable frames, limited to 3.15 GB"
+    assert third[4:] == ["1.00", "4.00 GB", "3.00 GB", "7"]
+    assert fourth[3:] == ["out of memory", *[tables.NONE] * 4]
+    cpu = {k: v for k, v in cleanup_row("none").items() if k not in ("reserved_gb", "allocated_gb", "retries")}
+    assert body(tables.memory_cleanup({"rows": [cpu]}))[0][5:] == [tables.NONE] * 3
+
+
+def test_ema_is_relative_to_ours():
+    row = {"network": "net", "step": "eager", "side": 512, "batch": 10, "params_m": 30.0, "step_ms": 40.0} | ORIGIN
+    row |= {"iqr_us": 10.0, "kernels": 20, "gpu_us": 100.0, "added_iqr_us": 5.0}
+    rows = [
+        row | {"average": "ours", "update_us": 500.0, "added_us": 200.0, "share": 0.005},
+        row | {"average": "stock", "update_us": 100_000.0, "added_us": 90_000.0, "share": 2.25},
+    ]
+    first, second = body(tables.ema({"rows": rows}))
+    assert first == ["net (30 M), eager, 40.0 ms", "ours", "500 ± 10", "1.0", "20", "100", "200 ± 5", "0.50%"]
+    assert second[2:4] == ["100000 ± 10", "200.0"]
+    assert second[-1] == "225.00%"
+
+
 def test_sections_without_results_say_so(tmp_path):
     for name in tables.TABLES:
         assert tables.table_of(name, tmp_path) == tables.NOT_MEASURED
@@ -148,6 +186,8 @@ def test_sections_without_results_say_so(tmp_path):
         tables.isbi2015_holdout,
         tables.isbi2015_landmarks,
         tables.throughput,
+        tables.ema,
+        tables.memory_cleanup,
     ):
         assert make({"rows": []}) == tables.NOT_MEASURED
 

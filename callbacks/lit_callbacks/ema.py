@@ -104,11 +104,11 @@ class EMA(Callback):
     weights-only file that is saved after the fit is what the module holds by then, in its dtype and with its names:
     `export` writes the average in fp32 and with plain names at any time.
 
-    One update follows each batch in which an optimizer changed something: not the batches in between under accumulation, not
-    the steps that a gradient scaler skips, not a step without gradients. Until the first update the live weights are
-    validated and saved. After the fit the module holds the average; a further `fit` of the same module goes on from
-    the raw weights and the average. If other weights were loaded into the module in between, training starts from
-    those and so does a new average.
+    One update follows each batch in which an optimizer changed something: not the batches in between under
+    accumulation, not the steps that a gradient scaler skips, not a step without gradients. Until the first update the
+    live weights are validated and saved. After the fit the module holds the average; a further `fit` of the same module
+    goes on from the raw weights and the average. If other weights were loaded into the module in between, training
+    starts from those and so does a new average.
 
     With several instances the first enabled one is validated and fills `state_dict`; the others live in their callback
     state. Sharded strategies (FSDP, DeepSpeed) are refused.
@@ -544,6 +544,11 @@ class EMA(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing on the module and nothing on the device."""
+        if self._unwrap_save is not None:  # a tuner left the fit without calling any of its last hooks
+            self._unwrap_save()
+            self._fitting = False
+            self._remove_step_hooks()
+            self._clear_marks()
         self._remove_load_handle()
         if self._average is not None:
             self._average.offload()

@@ -58,9 +58,10 @@ def test_an_update_does_not_wait_for_the_device():
     from lit_callbacks.average import WeightAverage
 
     average = WeightAverage(Toy().cuda(), average_buffers=True)
+    keeps = (0.9, torch.tensor(0.9, device="cuda"))  # made here: this copy to the device waits
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for keep in (0.9, torch.tensor(0.9, device="cuda")):
+        for keep in keeps:
             average.update(keep)
     finally:
         torch.cuda.set_sync_debug_mode("default")

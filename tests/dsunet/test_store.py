@@ -152,6 +152,8 @@ def test_a_cache_is_read_once_and_knows_what_changed(tmp_path, in_memory):
         np.testing.assert_array_equal(a.image, b.image)
         np.testing.assert_array_equal(a.label, b.label)
         np.testing.assert_array_equal(a.centres, b.centres)
+        np.testing.assert_array_equal(a.native_label, b.native_label)
+        assert a.native_label.shape == a.native_shape
         np.testing.assert_array_equal(a.geometry.affine, b.geometry.affine)
     assert isinstance(again[0].image, np.memmap) is not in_memory
     stamp = samples[1].images[0].stat()
