@@ -105,7 +105,8 @@ def prepare_cases(
         volume = read(sample, label_values)
         image, label = prepare_volume(volume, how)
         d, h, w = volume.image.shape[1:]
-        case = Case(volume.name, image.astype(np.float16), label, foreground_centres(label), volume.geometry, (d, h, w))
+        centres, half = foreground_centres(label), image.astype(np.float16)
+        case = Case(volume.name, half, label, centres, volume.geometry, (d, h, w), volume.label)
         if folder is not None and _save(folder, case) and not in_memory:
             return _load(folder, sample.name, in_memory) or case
         return case

@@ -127,9 +127,12 @@ def test_one_batch_is_no_reason_to_fail(tmp_path):
 
 def test_a_second_fit_starts_anew(tmp_path):
     monitor = MemoryAndThroughput()
-    fit(tmp_path, monitor, model=Worker(work=0.05))
+    fit(tmp_path, monitor, model=Worker(work=0.15))
+    first = monitor.summary
     fit(tmp_path, monitor)
-    assert monitor.summary["seconds"] < 0.3
+    # Relative, since a busy machine stretches both.
+    assert monitor.summary["steps"] == first["steps"]
+    assert monitor.summary["seconds"] < first["seconds"]
 
 
 def test_warns_once_when_the_card_is_nearly_full():

@@ -1,0 +1,49 @@
+"""`lit-dsunet fit | validate | test | predict`, from a shell, a test or a notebook."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before anything imports albumentations
+
+from lightning.pytorch.cli import LightningArgumentParser
+from lit_callbacks import PredictionLogger
+
+from lit_cli.cli import LitCLI, run
+from lit_dsunet.data import VolumeData
+from lit_dsunet.module import LitDSUNet
+from lit_dsunet.predict import SegmentationWriter
+
+
+class VolumeCLI(LitCLI):
+    """The shared command line with the groups `plots` and `predictions`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the task's own callbacks as groups, so that two config files can each set one key."""
+        super().add_arguments_to_parser(parser)
+        parser.add_lightning_class_args(PredictionLogger, "plots")
+        parser.add_lightning_class_args(SegmentationWriter, "predictions")
+
+
+def main(args: Sequence[str] | None = None) -> VolumeCLI:
+    """Run the command line.
+
+    Args:
+        args: Arguments without the program's name; by default the process's.
+
+    Returns:
+        The finished command line: its `trainer`, `model` and `datamodule` can be used further.
+    """
+    cli = run(LitDSUNet, VolumeData, "lit_dsunet", args, VolumeCLI)
+    assert isinstance(cli, VolumeCLI)
+    return cli
+
+
+def console() -> None:
+    """Entry point of the console script: what `main` returns would become its exit status."""
+    main()
+
+
+if __name__ == "__main__":
+    main()
