@@ -10,10 +10,10 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from jsonargparse import Namespace
@@ -31,6 +31,8 @@ from rich.table import Table
 
 from lit_cli.errors import InputError
 from lit_cli.profiles import expand_profiles
+
+Result = TypeVar("Result")
 
 REFRESH_EVERY = 20  # batches; each refresh of the progress bar reads the loss and so waits for the device
 
@@ -264,11 +266,16 @@ def run(
 
     `LIT_TRACEBACK=1` shows the traceback as well. A signal ends it with 128 + its number, after `GracefulStop`'s line.
     """
+    return one_line(package, lambda: cli_class(model_class, datamodule_class, package, args))
+
+
+def one_line(package: str, action: Callable[[], Result]) -> Result:
+    """Do something for the user; what goes wrong by the user's own input is one line and status 2."""
     program = package.replace("_", "-")
     for noise in QUIET:
         warnings.filterwarnings("ignore", message=noise)
     try:
-        return cli_class(model_class, datamodule_class, package, args)
+        return action()
     except Exception as error:
         message = _message(error)
         if message is None:
@@ -299,4 +306,4 @@ def _fail(program: str, message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-__all__ = ["LitCLI", "OneLineParser", "print_summary", "run", "typed_options"]
+__all__ = ["LitCLI", "OneLineParser", "one_line", "print_summary", "run", "typed_options"]

@@ -1,8 +1,9 @@
-"""`lit-dsunet fit | validate | test | predict`, from a shell, a test or a notebook."""
+"""`lit-dsunet fit | validate | test | predict | plan`, from a shell, a test or a notebook."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before anything imports albumentations
@@ -10,7 +11,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before anything import
 from lightning.pytorch.cli import LightningArgumentParser
 from lit_callbacks import PredictionLogger
 
-from lit_cli.cli import LitCLI, run
+from lit_cli.cli import LitCLI, one_line, run
 from lit_dsunet.data import VolumeData
 from lit_dsunet.module import LitDSUNet
 from lit_dsunet.predict import SegmentationWriter
@@ -41,9 +42,15 @@ def main(args: Sequence[str] | None = None) -> VolumeCLI:
 
 
 def console() -> None:
-    """Entry point of the console script: what `main` returns would become its exit status."""
-    main()
+    """Entry point of the console script: the Trainer's subcommands, and those that train nothing themselves."""
+    args = sys.argv[1:]
+    if args and args[0] == "plan":
+        from lit_dsunet.plan import plan_main
+
+        one_line("lit_dsunet", lambda: plan_main(args[1:]))
+        return
+    main()  # its value would become the exit status
 
 
 if __name__ == "__main__":
-    main()
+    console()
