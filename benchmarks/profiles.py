@@ -1,13 +1,16 @@
-"""What every landmark profile needs and does: peak memory, speed, and whether it fits the card that it is named after.
+"""What every profile needs and does: peak memory, speed, and whether it fits the card that it is named after.
 
 Each profile goes through the real command line and the real Trainer, with augmentation, EMA, clipping, optimizer
 state and one validation; only downloaded weights, loggers and checkpoints are left out. The allocator is limited to the
 memory of the profile's card (its header names it) less what a CUDA context takes there. Memory therefore transfers to
-the card as far as the kernels are the same; speed does not, so it is given relative to rtx3070ti_balanced on the same
-device. The largest batches that the original guide promises for 8 GB are tried as well.
+the card as far as the kernels are the same; speed does not, so it is given relative to that of one profile
+(rtx3070ti_balanced, dsunet/guide_baseline) on the same device. Batches that the original guides name are tried as well.
 
     python benchmarks/profiles.py --root data/isbi2015 --pixel-size 0.1
-    python benchmarks/profiles.py --write-headers
+    python benchmarks/profiles.py --task dsunet
+    python benchmarks/profiles.py --task dsunet --write-headers
+
+What is measured of each task, and with which data, is in profile_tasks.py.
 """
 
 from __future__ import annotations
@@ -17,42 +20,23 @@ import gc
 import re
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import Laps, Results, Row, spread, table
 from lightning.pytorch import Callback, LightningModule, Trainer
+from profile_tasks import TASKS, Case, Task
 
-from lit_landmarks.__main__ import LandmarkCLI
-from lit_landmarks.data import LandmarkData
-from lit_landmarks.module import LitLandmarks
-from lit_landmarks.samples import LandmarkTable
-from lit_landmarks.synthetic import SyntheticCephalograms
+from lit_cli.cli import LitCLI
 
-FOLDER = Path(__file__).parents[1] / "configs" / "landmarks"
-REFERENCE = "rtx3070ti_balanced"
 CARD = re.compile(r"^# Card: .*?(\d+) GB", re.MULTILINE)
 MEASURED = "# measured:"
 GIB = 2**30
 CONTEXT_GB = 0.5  # context, kernels and driver of one process; not seen by the allocator
-GUIDE_LIMITS = ((256, 32), (384, 16), (512, 12), (640, 8))  # frame side, largest batch on 8 GB with AMP (guide)
-GUIDE_LIMIT_FP32 = (512, 6)  # the same without AMP
-LIMIT_CARD_GB = 8
-EAGER = f"{REFERENCE} without CUDA graph"
 WARMUP_STEPS, STEPS = 3, 30  # optimizer steps before and in the measured window
 MAX_BATCHES = 60  # in the window; many small batches make one optimizer step
-RESERVE_S = 40  # a profile that compiles must end before the deadline
 COLUMNS = ("name", "frame", "batch", "precision", "limit_gb", "fits", "reserved_gb", "allocated_gb", "samples_s")
-
-
-class BuildOnly(LandmarkCLI):
-    """The command line up to the point where it would run."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
 
 
 class Window(Callback):
@@ -76,62 +60,42 @@ class Window(Callback):
             self.laps.mark()
 
 
-def like_isbi(seed: int = 0) -> LandmarkTable:
-    """150 drawn training images with 19 landmarks, the counts of ISBI 2015."""
-    drawn = SyntheticCephalograms(num_train=150, num_test=1, seed=seed).read()
-    repeat = np.arange(19) % drawn.num_landmarks
-    splits = {k: [replace(s, points=s.points[repeat]) for s in samples] for k, samples in drawn.splits.items()}
-    return LandmarkTable(splits, tuple(f"L{i + 1}" for i in range(19)))
-
-
-def build(profile: Path, extra: list[str], options: argparse.Namespace, folder: str) -> BuildOnly:
+def build(task: Task, case: Case, options: argparse.Namespace, folder: str) -> LitCLI:
     """Module, data and Trainer of a profile."""
-    arguments = ["fit", "--config", str(profile), "--model.pretrained", "false", "--trainer.default_root_dir", folder]
+    arguments = ["fit", "--config", str(case.profile), "--trainer.default_root_dir", folder]
     arguments += ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.callbacks", "null"]
     arguments += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-    arguments += ["--trainer.num_sanity_val_steps", "0", "--plots.worst", "0"]
-    if options.root:
-        arguments += ["--data.root", options.root, "--data.pixel_size", str(options.pixel_size)]
-    else:
-        arguments += ["--data.format", "synthetic"]
+    arguments += ["--trainer.num_sanity_val_steps", "0", *task.arguments(case.profile, options)]
     if options.tiny:
-        arguments += ["--model.backbone", "hrnet_w18_small", "--data.image_size", "64", "--data.batch_size", "2"]
-        arguments += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--data.synthetic_train", "8"]
-        arguments += ["--data.num_workers", "0"]
-        extra = []
-    cli = BuildOnly(LitLandmarks, LandmarkData, "lit_landmarks", [*arguments, *extra])
-    if not options.root and not options.tiny:
-        cli.datamodule._table = like_isbi()
-    return cli
+        arguments += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+        arguments += ["--data.batch_size", "2", "--data.num_workers", "0"]
+    return task.build(arguments if options.tiny else [*arguments, *case.extra], options)
 
 
-def run(profile: Path, extra: list[str], card_gb: int | None, options: argparse.Namespace) -> Row:
+def run(task: Task, case: Case, options: argparse.Namespace) -> Row:
     """Train a few steps and validate once, within the memory of the card."""
-    limit = limit_memory(card_gb)
+    limit = limit_memory(case.card_gb)
     with tempfile.TemporaryDirectory() as folder:
-        cli = build(profile, extra, options, folder)
+        cli = build(task, case, options, folder)
         trainer, data, module = cli.trainer, cli.datamodule, cli.model
         data.setup("fit")
         accumulate = trainer.accumulate_grad_batches
         skip = 1 if options.tiny else max(6, WARMUP_STEPS * accumulate)
         count = 1 if options.tiny else min(MAX_BATCHES // accumulate, STEPS) * accumulate  # whole optimizer steps
         # Whole epochs of equal length, so that validation comes last and outside the window.
-        in_epoch = max(1, len(data.prepared("train")) // data.batch_size)
-        epochs = -(-(skip + count) // in_epoch)
+        epochs = -(-(skip + count) // task.batches_in_epoch(data))
         trainer.fit_loop.max_epochs = trainer.check_val_every_n_epoch = epochs
         trainer.limit_train_batches = -(-(skip + count) // epochs)
         window = Window(skip, count)
         trainer.callbacks.append(window)  # type: ignore[attr-defined]
         row: Row = {
-            "frame": f"{data.image_size[1]}x{data.image_size[0]}",
-            "batch": data.batch_size,
+            **task.describe(data, options),
             "accumulate": accumulate,
             "precision": str(trainer.precision),
             "compile": module.hparams["compile"],
             "cuda_graph": module.hparams["cuda_graph"],
-            "card_gb": card_gb,
+            "card_gb": case.card_gb,
             "limit_gb": limit,
-            "data": "ISBI 2015" if options.root else "synthetic",
         }
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -149,7 +113,7 @@ def run(profile: Path, extra: list[str], card_gb: int | None, options: argparse.
         row["allocated_gb"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
         row["reserved_gb"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
     row["batches"] = len(seconds)
-    row["samples_s"] = round(data.batch_size * len(seconds) / sum(seconds), 1)
+    row["samples_s"] = round(row["batch"] * len(seconds) / sum(seconds), 1)
     row["batch_ms"], row["batch_ms_iqr"] = round(step.median, 2), round(step.iqr, 2)
     return row
 
@@ -186,73 +150,68 @@ def card_gb(profile: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def cases(names: list[str]) -> list[tuple[str, Path, list[str], int | None]]:
-    """Name, profile, further arguments and card memory of everything to measure; the reference first."""
-    found = sorted(FOLDER.glob("*.yaml"), key=lambda p: (p.stem != REFERENCE, p.stem))
-    out = [(p.stem, p, [], card_gb(p)) for p in found if card_gb(p) is not None]
-    for side, batch, precision in (*((s, b, "16-mixed") for s, b in GUIDE_LIMITS), (*GUIDE_LIMIT_FP32, "32-true")):
-        extra = ["--data.image_size", str(side), "--data.batch_size", str(batch), "--trainer.precision", precision]
-        extra += ["--model.cuda_graph", "false"]  # the guide knew none, and their memory is not what it promised
-        label = f"guide limit {side} b{batch}" + (" fp32" if precision == "32-true" else "")
-        out.append((label, FOLDER / f"{REFERENCE}.yaml", extra, LIMIT_CARD_GB))
-    out.append((EAGER, FOLDER / f"{REFERENCE}.yaml", ["--model.cuda_graph", "false"], LIMIT_CARD_GB))
-    return [case for case in out if not names or case[0] in names]
+def cases(task: Task, names: list[str]) -> list[Case]:
+    """Everything to measure; the reference first."""
+    found = [Case(task.prefix + p.stem, p, [], card_gb(p)) for p in sorted(task.folder.glob("*.yaml"))]
+    found.sort(key=lambda case: case.name != task.reference)
+    out = [*(case for case in found if case.card_gb is not None), *task.more_cases()]
+    return [case for case in out if not names or case.name in names]
 
 
-def measure(options: argparse.Namespace, results: Results) -> None:
+def measure(task: Task, options: argparse.Namespace, results: Results) -> None:
     """Run what is not in the results yet, until the deadline."""
     began = time.monotonic()
-    for name, profile, extra, memory in cases(options.only):
-        if not options.redo and results.get(name=name):
+    for case in cases(task, options.only):
+        if not options.redo and results.get(name=case.name):
             continue
-        if options.deadline_s and time.monotonic() - began > options.deadline_s - RESERVE_S:
-            print(f"deadline: stopped before {name}; the same command goes on from here")
+        if options.deadline_s and time.monotonic() - began > options.deadline_s - task.reserve_s:
+            print(f"deadline: stopped before {case.name}; the same command goes on from here")
             return
         start = time.monotonic()
         row: Row
         try:
-            row = run(profile, extra, memory, options)
+            row = run(task, case, options)
         except Exception as error:  # one profile's fault must not cost the others
             row = {"error": f"{type(error).__name__}: {error!s:.300}"}
         clean_up()
         row["wall_s"] = round(time.monotonic() - start, 1)
-        results.add({"name": name}, row)
-        print(f"{name}: {row.get('error') or row.get('samples_s') or 'out of memory'} ({row['wall_s']} s)", flush=True)
+        results.add({"name": case.name}, row)
+        said = row.get("error") or row.get("samples_s") or "out of memory"
+        print(f"{case.name}: {said} ({row['wall_s']} s)", flush=True)
 
 
-def relative(row: Row, results: Results) -> float | None:
-    """Samples per second as a multiple of the reference profile's on the same device."""
-    reference = results.get(name=REFERENCE)
+def relative(task: Task, row: Row, results: Results) -> float | None:
+    """Speed as a multiple of the reference profile's on the same device."""
+    reference = results.get(name=task.reference)
     if not reference or "samples_s" not in reference or "samples_s" not in row:
         return None
-    return row["samples_s"] / reference["samples_s"] if reference["device"] == row["device"] else None
+    return task.speed(row) / task.speed(reference) if reference["device"] == row["device"] else None
 
 
-def header_lines(row: Row, ratio: float | None) -> list[str]:
+def header_lines(task: Task, row: Row, ratio: float | None) -> list[str]:
     """The two lines of a profile's header that say what was measured."""
     where = row["device"] + (f" limited to {row['limit_gb']:g} GB" if row.get("limit_gb") else "")
     if row["fits"]:
         got = f"peak {row['reserved_gb']:.1f} GB reserved, {row['allocated_gb']:.1f} GB allocated"
-        speed = f"{row['samples_s']:.0f} samples/s" + (f" = {ratio:.2f} x {REFERENCE}" if ratio else "")
-        got = f"{got}; {speed}; on {where}"
+        got = f"{got}; {task.speed_words(row, ratio)}; on {where}"
     else:
         got = f"does not fit: out of memory on {where}"
     origin = f"{row['date']}, commit {row['commit']}, torch {row['torch']}, {row['data']} data"
     return [f"{MEASURED} {got}", f"{MEASURED} {origin}; python benchmarks/profiles.py --only {row['name']}"]
 
 
-def write_headers(results: Results, folder: Path) -> int:
+def write_headers(results: Results, folder: Path, task: Task = TASKS["landmarks"]) -> int:
     """Put the results into the headers of the profiles; how many files changed."""
     changed = 0
     for path in sorted(folder.glob("*.yaml")):
-        row = results.get(name=path.stem)
+        row = results.get(name=task.prefix + path.stem)
         if row is None or (row["fits"] and "reserved_gb" not in row):  # a run without a GPU says nothing
             continue
         lines = path.read_text().splitlines()
         old = [i for i, line in enumerate(lines) if line.startswith(MEASURED)]
         if len(old) != 2 or old[1] != old[0] + 1:
             raise SystemExit(f"{path}: expected two lines '{MEASURED}' in a row")
-        lines[old[0] : old[0] + 2] = header_lines(row, relative(row, results))
+        lines[old[0] : old[0] + 2] = header_lines(task, row, relative(task, row, results))
         text = "\n".join(lines) + "\n"
         if text != path.read_text():
             path.write_text(text)
@@ -263,29 +222,33 @@ def write_headers(results: Results, folder: Path) -> int:
 def main(args: list[str] | None = None) -> None:
     """Parse the options, measure, print; or write the headers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", help="folder of ISBI 2015; drawn images with 19 landmarks if absent")
-    parser.add_argument("--pixel-size", type=float, default=0.1, help="mm per pixel of those images (%(default)s)")
+    parser.add_argument("--task", choices=TASKS, help="whose profiles (that of --only, else landmarks)")
+    parser.add_argument("--root", help="data folder (ISBI 2015 for landmarks); drawn images or volumes if absent")
+    parser.add_argument("--pixel-size", type=float, default=0.1, help="mm per pixel of ISBI 2015 (%(default)s)")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this profile; may be repeated")
-    parser.add_argument("--out", type=Path, help="results (benchmarks/results/profiles.json; with --tiny not kept)")
+    parser.add_argument("--out", type=Path, help="results (a file in benchmarks/results; with --tiny not kept)")
     parser.add_argument("--redo", action="store_true", help="measure again what the results have already")
     parser.add_argument("--deadline-s", type=float, help="start nothing that would not end within these seconds")
     parser.add_argument("--write-headers", action="store_true", help="only copy the results into the profiles")
-    parser.add_argument("--tiny", action="store_true", help="dry run on the CPU: small network, 64 px, two steps")
+    parser.add_argument("--tiny", action="store_true", help="dry run on the CPU: small network and input, two steps")
     options = parser.parse_args(args)
     if options.tiny:
         torch.set_num_threads(1)  # at this size threads only wait for each other
-    unknown = set(options.only) - {case[0] for case in cases([])}
+    named = next((t for t in TASKS.values() if t.prefix and any(n.startswith(t.prefix) for n in options.only)), None)
+    task = TASKS[options.task] if options.task else named or TASKS["landmarks"]
+    unknown = set(options.only) - {case.name for case in cases(task, [])}
     if unknown:
-        parser.error(f"--only: no profile {', '.join(sorted(unknown))}")
-    default = Path(__file__).parent / "results" / "profiles.json"
+        parser.error(f"--only: {task.name} has no profile {', '.join(sorted(unknown))}")
+    default = Path(__file__).parent / "results" / task.results
     with tempfile.TemporaryDirectory() as scratch:
-        results = Results(options.out or (Path(scratch) / "profiles.json" if options.tiny else default))
+        results = Results(options.out or (Path(scratch) / task.results if options.tiny else default))
         if options.write_headers:
-            print(f"{write_headers(results, FOLDER)} profiles changed")
+            print(f"{write_headers(results, task.folder, task)} profiles changed")
             return
-        measure(options, results)
-        rows = [{**row, f"x {REFERENCE}": relative(row, results)} for row in results.rows]
-        print(table(rows, (*COLUMNS, f"x {REFERENCE}")))
+        measure(task, options, results)
+        ratio = f"x {task.reference}"
+        rows = [{**row, ratio: relative(task, row, results)} for row in results.rows]
+        print(table(rows, (*COLUMNS, ratio)))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ SECTION = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTA
 MARK = re.compile(r"<!-- (?:table:[\w-]+|/table) -->")
 NOT_MEASURED = "Not measured yet."
 REFERENCE = "rtx3070ti_balanced"  # profiles are compared with it
+VOLUMES = "dsunet/"  # begins the names of profiles for volumes
+VOLUMES_REFERENCE = "guide_baseline"
 GUIDE_LIMIT = "guide limit"  # names of rows that try the original guide's largest batches
 BASELINE = "plain fp32"  # throughput is compared with it, at its fastest number of workers
 DECODERS = ("argmax", "quarter", "centroid", "softargmax", "dark")
@@ -109,20 +111,48 @@ def profiles(report: Report) -> str:
         "launches bound it, `rtx3070ti_fast` and `rtx3070ti_quick`, which take equal steps, show the spread."
         f"{conditions(own)}"
     )
-    text = f"{_profile_table(sorted(own, key=_by_name), own)}\n\n{text}"
+    text = f"{_profile_table(_by_name(own, REFERENCE), own)}\n\n{text}"
     if limits:
         text += f"\n\nThe largest batches that the original guide names for 8 GB:\n\n{_profile_table(limits, own)}"
     return text
 
 
-def _by_name(row: Row) -> tuple[bool, str]:
-    return row["name"] != REFERENCE, row["name"]
+def profiles_dsunet(report: Report) -> str:
+    """Memory and relative speed of the profiles for volumes, then other batches of the original guide's network."""
+    rows = [{**row, "name": row["name"].removeprefix(VOLUMES)} for row in report["rows"] if "error" not in row]
+    own = [row for row in rows if not row["name"].startswith(GUIDE_LIMIT)]
+    limits = [row for row in rows if row["name"].startswith(GUIDE_LIMIT)]
+    if not own:
+        return NOT_MEASURED
+    text = (
+        f"{origin(own)} The allocator was limited to the memory of the profile's card less 0.5 GB. Memory holds for "
+        f"that card as far as its kernels are the same; speed does not, hence the ratio to `{VOLUMES_REFERENCE}`, in "
+        f"voxels per second since patches differ in size.{conditions(own)}"
+    )
+    text = f"{_profile_table(_by_name(own, VOLUMES_REFERENCE), own, **_VOLUMES)}\n\n{text}"
+    if limits:
+        table = _profile_table(limits, own, **_VOLUMES)
+        text += f"\n\nThe guide's MKDC + DS in less memory, without AMP, and in larger batches:\n\n{table}"
+    return text
 
 
-def _profile_table(rows: Sequence[Row], all_rows: Sequence[Row]) -> str:
-    reference = next((row for row in all_rows if row["name"] == REFERENCE), {})
-    header = ["profile", "card", "frame", "batch", "precision", "peak reserved", "allocated", "samples/s", "ratio"]
-    return markdown(header, [_profile_cells(row, reference) for row in rows])
+_VOLUMES = {"reference": VOLUMES_REFERENCE, "frame": "patch", "speed": "patches/s"}
+
+
+def _by_name(rows: Sequence[Row], first: str) -> list[Row]:
+    return sorted(rows, key=lambda row: (row["name"] != first, row["name"]))
+
+
+def _profile_table(
+    rows: Sequence[Row],
+    all_rows: Sequence[Row],
+    reference: str = REFERENCE,
+    frame: str = "frame",
+    speed: str = "samples/s",
+) -> str:
+    compared = next((row for row in all_rows if row["name"] == reference), {})
+    header = ["profile", "card", frame, "batch", "precision", "peak reserved", "allocated", speed, "ratio"]
+    return markdown(header, [_profile_cells(row, compared) for row in rows])
 
 
 def _profile_cells(row: Row, reference: Row) -> list[str]:
@@ -134,9 +164,14 @@ def _profile_cells(row: Row, reference: Row) -> list[str]:
     if not row["fits"]:
         return [*fixed, "does not fit", NONE, NONE, NONE]
     comparable = reference.get("samples_s") and reference.get("device") == row.get("device") and row.get("samples_s")
-    ratio = f"{row['samples_s'] / reference['samples_s']:.2f}" if comparable else NONE
+    ratio = f"{_speed(row) / _speed(reference):.2f}" if comparable else NONE
     memory = [number(row.get(key), 2) + " GB" if row.get(key) is not None else NONE for key in _MEMORY]
-    return [*fixed, *memory, number(row.get("samples_s"), 0), ratio]
+    return [*fixed, *memory, number(row.get("samples_s"), 1 if "voxels" in row else 0), ratio]
+
+
+def _speed(row: Row) -> float:
+    """Samples per second; voxels where samples differ in size."""
+    return row["samples_s"] * row.get("voxels", 1)
 
 
 _MEMORY = ("reserved_gb", "allocated_gb")
@@ -370,6 +405,7 @@ _CODEC_CASE = ("input", "stride", "sigma_heatmap_px", "centre", "noise")
 
 TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "profiles": ("profiles", profiles),
+    "profiles-dsunet": ("profiles_dsunet", profiles_dsunet),
     "isbi2015": ("isbi2015", isbi2015),
     "isbi2015-holdout": ("isbi2015", isbi2015_holdout),
     "isbi2015-landmarks": ("isbi2015", isbi2015_landmarks),

@@ -1,10 +1,10 @@
-"""`lit-dsunet fit | validate | test | predict | plan`, from a shell, a test or a notebook."""
+"""`lit-dsunet fit | validate | test | predict | plan | study | sweep-batch`, from a shell, a test or a notebook."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before anything imports albumentations
 
@@ -44,12 +44,24 @@ def main(args: Sequence[str] | None = None) -> VolumeCLI:
 def console() -> None:
     """Entry point of the console script: the Trainer's subcommands, and those that train nothing themselves."""
     args = sys.argv[1:]
-    if args and args[0] == "plan":
+    command = _command(args[0]) if args else None
+    if command is None:
+        main()  # its value would become the exit status
+    else:
+        one_line("lit_dsunet", lambda: command(args[1:]))
+
+
+def _command(word: str) -> Callable[[Sequence[str]], object] | None:
+    """What a first word stands for, unless it is one of the Trainer's."""
+    if word == "plan":
         from lit_dsunet.plan import plan_main
 
-        one_line("lit_dsunet", lambda: plan_main(args[1:]))
-        return
-    main()  # its value would become the exit status
+        return plan_main
+    if word in ("study", "sweep-batch"):
+        from lit_dsunet.study import study_main, sweep_main
+
+        return study_main if word == "study" else sweep_main
+    return None
 
 
 if __name__ == "__main__":

@@ -419,11 +419,10 @@ class LitDSUNet(LightningModule):
                 if full or name == "dice":
                     metric.update(label, truth.to(label.device), case.geometry.spacing, index)  # type: ignore[operator]
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any] | None:
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Whole volumes; the metrics of a cheap validation carry another name."""
         if isinstance(batch, PatchBatch):
-            self._validate_patches(batch)
-            return None
+            return self._validate_patches(batch)._asdict()
         full = self.full_validation
         found = self._evaluate(batch, full=full)
         self._measure("val", batch, found, full=full)
@@ -447,11 +446,14 @@ class LitDSUNet(LightningModule):
         """Labels on the grid of the files."""
         return self._evaluate(batch, full=True)
 
-    def _validate_patches(self, batch: PatchBatch) -> None:
+    def _validate_patches(self, batch: PatchBatch) -> Segmentation:
         """Dice pooled over the patches of a batch: an older convention, which leaves out what no patch sees."""
         label = self(batch.image).argmax(1).to(torch.uint8)
-        counts = class_counts(label.flatten()[None], batch.label.flatten()[None], len(self.class_names))
-        self.log("val/patch_dice", torch.nanmean(dice_from_counts(counts)).float(), batch_size=1, sync_dist=True)
+        classes = len(self.class_names)
+        pooled = class_counts(label.flatten()[None], batch.label.flatten()[None], classes)
+        self.log("val/patch_dice", torch.nanmean(dice_from_counts(pooled)).float(), batch_size=1, sync_dist=True)
+        each = dice_from_counts(class_counts(label, batch.label, classes))
+        return Segmentation(list(label), torch.nanmean(each, 1).float(), batch.case.tolist())
 
     def _add_metrics(self, stage: str) -> None:
         h, names = self.hparams, self.class_names
@@ -486,7 +488,10 @@ class LitDSUNet(LightningModule):
         for image, truth, label, score, index in zip(
             batch.image, batch.label, outputs["label"], outputs["score"], batch.case, strict=True
         ):
-            title = f"{names[index].name}, Dice {float(score):.3f}"
+            title = f"{names[int(index)].name}, Dice {float(score):.3f}"
+            if label.ndim == 2:  # a slice, its neighbours being channels
+                image, label = image[:, None], label[None]
+                truth = None if truth is None else truth[None]
             out["contours"] = contours(image, truth, label, title, native=tuple(label.shape))
         return out
 

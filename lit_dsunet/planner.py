@@ -84,6 +84,7 @@ class Plan:
                 f"  arch: {self.arch}",
                 f"  strides: {_listed([_listed(s) for s in self.strides])}",
                 f"  kernels: {_listed([_listed(k) for k in self.kernels])}",
+                f"  deep_supervision: {min(3, max(0, len(self.strides) - 3))} # not on the two coarsest maps",
                 "data:",
                 f"  spacing: {_listed(f'{s:g}' for s in self.spacing)} # mm along D, H, W",
                 f"  patch_size: {_listed(self.patch)} # D, H, W",

@@ -57,6 +57,29 @@ def test_guide_limits_stand_apart():
     assert "256 b32" not in first
 
 
+def volume_profile(name, patch, **values):
+    row = profile(f"dsunet/{name}", frame=patch, batch=2, voxels=1, **values)
+    for side in patch.split("x"):
+        row["voxels"] *= int(side)
+    return row
+
+
+def test_profiles_of_volumes_are_compared_in_voxels():
+    rows = [
+        volume_profile("a100_40gb", "64x64x64", samples_s=25.0),
+        volume_profile("guide_baseline", "32x32x32", samples_s=100.0),
+        volume_profile("guide limit 96 b8 8 GB", "32x32x32", fits=False),
+    ]
+    text = tables.profiles_dsunet({"rows": rows})
+    first, second = text.split("The guide's MKDC")
+    assert [(c[0], c[2], *c[-2:]) for c in body(first)] == [
+        ("`guide_baseline`", "32x32x32", "100.0", "1.00"),
+        ("`a100_40gb`", "64x64x64", "25.0", "2.00"),
+    ]
+    assert body(second)[0][0] == "guide limit 96 b8 8 GB"
+    assert body(second)[0][5] == "does not fit"
+
+
 def test_errors_are_no_profiles():
     assert tables.profiles({"rows": [{"name": "x", "error": "no"}]}) == tables.NOT_MEASURED
 
@@ -182,6 +205,7 @@ def test_sections_without_results_say_so(tmp_path):
         assert tables.table_of(name, tmp_path) == tables.NOT_MEASURED
     for make in (
         tables.profiles,
+        tables.profiles_dsunet,
         tables.isbi2015,
         tables.isbi2015_holdout,
         tables.isbi2015_landmarks,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lit_callbacks import EMA, ValidationSchedule
+from lit_callbacks import EMA, PredictionLogger, ValidationSchedule
 
 from lit_cli.errors import InputError
 from lit_dsunet.__main__ import main
@@ -248,6 +248,13 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, ext
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+@pytest.mark.parametrize("options", [{"val_patches": 2}, {"val_patches": 2, "patch_size": [1, 8, 8]}, {}])
+def test_pictures_of_volumes_and_of_patches(tmp_path, options):
+    pictures = PredictionLogger(every_n_epochs=1, num_first=1, worst_k=1, dirpath=str(tmp_path / "pictures"))
+    fitted(tmp_path, LitDSUNet(**NET), data(**options), callbacks=[pictures])
+    assert len(pictures.artifacts) == len(list((tmp_path / "pictures").glob("*.png"))) == 2
 
 
 def test_hyperparameters_in_a_checkpoint_are_plain(tmp_path):

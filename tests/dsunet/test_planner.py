@@ -91,7 +91,8 @@ def test_the_yaml_says_what_the_plan_is(tmp_path):
         "patch_size": list(plan.patch),
         "batch_size": plan.batch_size,
     }
-    assert content["model"] == {"arch": "unet", "strides": plan.strides, "kernels": plan.kernels}
+    heads = {"deep_supervision": 3}
+    assert content["model"] == {"arch": "unet", "strides": plan.strides, "kernels": plan.kernels, **heads}
     with pytest.raises(InputError, match=r"plan: .*plan\.yaml exists"):
         write_plan(plan, tmp_path / "plan.yaml")
 

@@ -1,0 +1,256 @@
+"""What `profiles.py` has to know of each task: how a profile is built, what it is fed, and what else is tried."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from common import Row
+
+if TYPE_CHECKING:  # a task's packages are imported when it is measured: the other's need not be installed
+    from lit_cli.cli import LitCLI
+    from lit_dsunet.data import VolumeData
+    from lit_landmarks.samples import LandmarkTable
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+class Case(NamedTuple):
+    """Something to measure."""
+
+    name: str
+    profile: Path
+    extra: list[str]  # further arguments
+    card_gb: int | None
+
+
+class Task(ABC):
+    """A task's profiles.
+
+    Attributes:
+        name: Of the folder in `configs`.
+        prefix: Of the names of its rows.
+        results: File of its results.
+        reference: Row that the speed of the others is compared with.
+        unit: What a sample is.
+        reserve_s: Seconds that the slowest profile takes.
+    """
+
+    name: str
+    prefix = ""
+    results: str
+    reference: str
+    unit = "samples"
+    reserve_s = 40
+
+    @property
+    def folder(self) -> Path:
+        """Where the profiles are."""
+        return CONFIGS / self.name
+
+    @abstractmethod
+    def more_cases(self) -> list[Case]:
+        """What is tried beside the profiles as they are."""
+
+    @abstractmethod
+    def arguments(self, profile: Path, options: argparse.Namespace) -> list[str]:
+        """Of the command line, after those that all tasks share."""
+
+    @abstractmethod
+    def build(self, arguments: list[str], options: argparse.Namespace) -> LitCLI:
+        """Module, data and Trainer."""
+
+    @abstractmethod
+    def batches_in_epoch(self, data: Any) -> int:
+        """Training batches of an epoch."""
+
+    @abstractmethod
+    def describe(self, data: Any, options: argparse.Namespace) -> Row:
+        """The row's cells about its samples: `frame`, `batch`, `data`."""
+
+    def speed(self, row: Row) -> float:
+        """What is compared with the reference's."""
+        return row["samples_s"]
+
+    def speed_words(self, row: Row, ratio: float | None) -> str:
+        """The speed in a profile's header."""
+        return f"{row['samples_s']:.0f} {self.unit}/s" + (f" = {ratio:.2f} x {self.reference}" if ratio else "")
+
+
+# ---- landmarks -------------------------------------------------------------------------------------------------------
+
+GUIDE_LIMITS = ((256, 32), (384, 16), (512, 12), (640, 8))  # frame side, largest batch on 8 GB with AMP (guide)
+GUIDE_LIMIT_FP32 = (512, 6)  # the same without AMP
+LIMIT_CARD_GB = 8
+
+
+class Landmarks(Task):
+    """Images of ISBI 2015, or drawn ones with as many landmarks."""
+
+    name = "landmarks"
+    results = "profiles.json"
+    reference = "rtx3070ti_balanced"
+
+    def more_cases(self) -> list[Case]:
+        """The largest batches that the guide names, and the reference without its CUDA graph."""
+        profile = self.folder / f"{self.reference}.yaml"
+        eager = ["--model.cuda_graph", "false"]
+        out = []
+        for side, batch, precision in (*((s, b, "16-mixed") for s, b in GUIDE_LIMITS), (*GUIDE_LIMIT_FP32, "32-true")):
+            extra = ["--data.image_size", str(side), "--data.batch_size", str(batch), "--trainer.precision", precision]
+            label = f"guide limit {side} b{batch}" + (" fp32" if precision == "32-true" else "")
+            # Without a graph: the guide knew none, and its memory is not what it promised.
+            out.append(Case(label, profile, [*extra, *eager], LIMIT_CARD_GB))
+        return [*out, Case(f"{self.reference} without CUDA graph", profile, eager, LIMIT_CARD_GB)]
+
+    def arguments(self, profile: Path, options: argparse.Namespace) -> list[str]:
+        """Random weights; the images."""
+        out = ["--model.pretrained", "false", "--plots.worst", "0"]
+        if options.root:
+            out += ["--data.root", options.root, "--data.pixel_size", str(options.pixel_size)]
+        else:
+            out += ["--data.format", "synthetic"]
+        if options.tiny:
+            out += ["--model.backbone", "hrnet_w18_small", "--data.image_size", "64", "--data.synthetic_train", "8"]
+        return out
+
+    def build(self, arguments: list[str], options: argparse.Namespace) -> LitCLI:
+        """Module, data and Trainer."""
+        from lit_landmarks.__main__ import LandmarkCLI
+        from lit_landmarks.data import LandmarkData
+        from lit_landmarks.module import LitLandmarks
+
+        class BuildOnly(LandmarkCLI):
+            def _run_subcommand(self, subcommand: str) -> None:
+                pass
+
+        cli = BuildOnly(LitLandmarks, LandmarkData, "lit_landmarks", arguments)
+        if not options.root and not options.tiny:
+            cli.datamodule._table = like_isbi()
+        return cli
+
+    def batches_in_epoch(self, data: Any) -> int:
+        """Of the training images."""
+        return max(1, len(data.prepared("train")) // data.batch_size)
+
+    def describe(self, data: Any, options: argparse.Namespace) -> Row:
+        """Width and height of a frame."""
+        size = f"{data.image_size[1]}x{data.image_size[0]}"
+        return {"frame": size, "batch": data.batch_size, "data": "ISBI 2015" if options.root else "synthetic"}
+
+
+def like_isbi(seed: int = 0) -> LandmarkTable:
+    """150 drawn training images with 19 landmarks, the counts of ISBI 2015."""
+    from lit_landmarks.samples import LandmarkTable
+    from lit_landmarks.synthetic import SyntheticCephalograms
+
+    drawn = SyntheticCephalograms(num_train=150, num_test=1, seed=seed).read()
+    repeat = np.arange(19) % drawn.num_landmarks
+    splits = {k: [replace(s, points=s.points[repeat]) for s in samples] for k, samples in drawn.splits.items()}
+    return LandmarkTable(splits, tuple(f"L{i + 1}" for i in range(19)))
+
+
+# ---- volumes ---------------------------------------------------------------------------------------------------------
+
+HEAD = (155, 240, 240), 5  # voxels at 1 mm, and how many volumes; a fifth of them is for validation
+SMALL = (36, 50, 36), 60  # those of a hippocampus, for patches of less than 64^3 voxels
+TINY = (32, 32, 32), 5
+# Batch, precision and memory for the guide's MKDC + DS: its own batch with less memory, and without AMP; then larger
+# ones, which it advises against.
+GUIDE_BATCHES = ((8, "16-mixed", 8), (8, "32-true", 24), (16, "16-mixed", 24), (32, "16-mixed", 24))
+
+
+class Volumes(Task):
+    """Drawn heads, or volumes of the size of a hippocampus for profiles with patches of that size."""
+
+    name = "dsunet"
+    prefix = "dsunet/"
+    results = "profiles_dsunet.json"
+    reference = "dsunet/guide_baseline"
+    unit = "patches"
+    reserve_s = 120  # a three-dimensional network is compiled for about a minute
+
+    def more_cases(self) -> list[Case]:
+        """Other batches of the guide's network, and profiles without what makes them fast."""
+        out = []
+        for batch, precision, card in GUIDE_BATCHES:
+            label = f"dsunet/guide limit 96 b{batch}" + (" fp32" if precision == "32-true" else "") + f" {card} GB"
+            extra = ["--data.batch_size", str(batch), "--trainer.precision", precision]
+            out.append(Case(label, self.folder / "guide_mkdc_ds.yaml", extra, card))
+        for name, key, words, card in (
+            ("gpu_8gb", "compile", "compilation", 8),
+            ("h200", "cuda_graph", "CUDA graph", 141),
+        ):
+            extra = [f"--model.{key}", "false"]
+            out.append(Case(f"dsunet/{name} without {words}", self.folder / f"{name}.yaml", extra, card))
+        return out
+
+    def arguments(self, profile: Path, options: argparse.Namespace) -> list[str]:
+        """One epoch that holds the window; the volumes."""
+        steps = 2 if options.tiny else 100
+        out = ["--plots.num_first", "0", "--plots.worst_k", "0", "--data.steps_per_epoch", str(steps)]
+        out += ["--data.root", options.root] if options.root else ["--data.format", "synthetic"]
+        if options.tiny:
+            out += ["--data.patch_size", "[32,32,32]", "--model.strides", "[1,2,2]", "--model.features", "[4,4,8]"]
+            out += ["--model.deep_supervision", "1"]
+        return out
+
+    def build(self, arguments: list[str], options: argparse.Namespace) -> LitCLI:
+        """Module, data and Trainer."""
+        from lit_dsunet.__main__ import VolumeCLI
+        from lit_dsunet.data import VolumeData
+        from lit_dsunet.module import LitDSUNet
+
+        class BuildOnly(VolumeCLI):
+            def _run_subcommand(self, subcommand: str) -> None:
+                pass
+
+        cli = BuildOnly(LitDSUNet, VolumeData, "lit_dsunet", arguments)
+        if not options.root:
+            data: VolumeData = cli.datamodule
+            drawn = volumes(*(TINY if options.tiny else SMALL if math.prod(data.patch_size) < 64**3 else HEAD))
+            data._table, data._synthetic = drawn.table, drawn._synthetic
+            for split in ("train", "val"):
+                data._cases[split], data._samples[split] = drawn.cases(split), drawn.samples(split)
+        return cli
+
+    def batches_in_epoch(self, data: Any) -> int:
+        """As many as were asked for."""
+        return data.hparams["steps_per_epoch"]
+
+    def describe(self, data: Any, options: argparse.Namespace) -> Row:
+        """Depth, height and width of a patch."""
+        patch = data.patch_size
+        row: Row = {"frame": "x".join(map(str, patch)), "batch": data.hparams["batch_size"]}
+        row["data"] = Path(options.root).resolve().name if options.root else "synthetic"
+        return row | {"voxels": math.prod(patch)}
+
+    def speed(self, row: Row) -> float:
+        """Voxels, since patches differ in size."""
+        return row["samples_s"] * row["voxels"]
+
+    def speed_words(self, row: Row, ratio: float | None) -> str:
+        """Patches per second; the ratio is one of voxels."""
+        words = f"{row['samples_s']:.3g} patches/s"
+        return words + (f", in voxels {ratio:.2f} x {self.reference.removeprefix(self.prefix)}" if ratio else "")
+
+
+@functools.lru_cache(maxsize=1)
+def volumes(size: tuple[int, int, int], count: int) -> VolumeData:
+    """Drawn volumes, preprocessed; drawing a head takes seconds, so profiles share them."""
+    from lit_dsunet.data import VolumeData
+
+    data = VolumeData(
+        format="synthetic", synthetic_train=count, synthetic_test=0, synthetic_size=size, n_folds=5, cache_dir="none"
+    )
+    data.cases("train")
+    return data
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (Landmarks(), Volumes())}
