@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -173,7 +173,20 @@ class LitCLI(LightningCLI):
         """Print the last validation's figures and what the run left on disk."""
         if self.trainer.interrupted:
             return
+        bring_last_up_to_date(self.trainer)
         print_summary(self.trainer, title=f"{self.package} fit, after {self.trainer.current_epoch} epochs")
+
+
+def bring_last_up_to_date(trainer: Trainer) -> None:
+    """Write `last.ckpt` anew where Lightning's is older than the end of the training.
+
+    With a monitored metric `ModelCheckpoint(save_last=True)` writes it only along with one of the best.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.save_last is not True or not callback.last_model_path:
+            continue
+        if callback._last_global_step_saved < trainer.global_step:
+            trainer.save_checkpoint(callback.last_model_path, callback.save_weights_only)  # on all processes
 
 
 @rank_zero_only
