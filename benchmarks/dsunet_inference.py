@@ -2,10 +2,11 @@
 
 The same module with the same weights sees the same windows, with Gaussian weights of sigma = side / 8: neighbours share
 half a window or a little more, as nnU-Net and ours spread them evenly; MONAI, which steps by half a window and moves
-the last one inwards, is given the overlap that puts its windows there. The clock runs from the normalised volume on the
-device to its logits there; reading, argmax and export are not in it. TTA is the mean over the 8 reflections of a
-window: nnU-Net's and ours are built in, MONAI's is a function around the network. nnU-Net decides precision (fp16) and
-batch (1) itself.
+the last one inwards, is given the overlap that puts its windows there, and our weights, since its own never fall below
+0.001 of the middle's. nnU-Net's are centred half a voxel off and have half precision. The clock runs from the
+normalised volume on the device to its logits there; reading, argmax and export are not in it. TTA is the mean over the
+8 reflections of a window: nnU-Net's and ours are built in, MONAI's is a function around the network. nnU-Net decides
+precision (fp16) and batch (1) itself.
 
 So that agreement means something, the network is first trained for a few seconds on drawn blobs; `agreement` is the
 Dice of a row's foreground with that of our windows one by one in float32 without TF32. `first_s` has cuDNN's trials and
@@ -32,7 +33,7 @@ from torch.nn import functional as F
 from lit_dsunet.losses import make_loss
 from lit_dsunet.metrics import dice
 from lit_dsunet.models import build_network, default_features
-from lit_dsunet.sliding_window import SlidingWindow
+from lit_dsunet.sliding_window import SlidingWindow, importance
 
 Triple = tuple[int, int, int]
 Segment = Callable[[Tensor], Tensor]
@@ -135,8 +136,8 @@ def segmenter(way: Way, case: Case, network: nn.Module, device: torch.device) ->
         segment: Segment = lambda volume: window(forward, [volume])[0]  # noqa: E731 - one of two
     else:
         around = mirrored(forward) if way.tta else forward
-        overlap = monai_overlap(case.size, case.window)
-        segment = lambda volume: monai_windows(around, volume, case.window, way.batch, overlap)  # noqa: E731
+        same = (monai_overlap(case.size, case.window), importance(case.window, "gaussian", device))
+        segment = lambda volume: monai_windows(around, volume, case.window, way.batch, *same)  # noqa: E731
 
     def cast(volume: Tensor) -> Tensor:
         with torch.autocast(device.type, DTYPES[way.precision], enabled=way.precision != "fp32"):

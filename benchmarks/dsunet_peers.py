@@ -217,11 +217,12 @@ def monai_windows(
     patch: Sequence[int],
     sw_batch: int,
     overlap: float | Sequence[float] = 0.5,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """Logits (K, D, H, W) of a volume (C, D, H, W) by MONAI's sliding window with Gaussian weights."""
+    """Logits (K, D, H, W) of a volume (C, D, H, W) by MONAI's sliding window, with its Gaussian weights by default."""
     inferers = load("monai.inferers")
     return inferers.sliding_window_inference(
-        volume[None], tuple(patch), sw_batch, network, overlap=overlap, mode="gaussian"
+        volume[None], tuple(patch), sw_batch, network, overlap=overlap, mode="gaussian", roi_weight_map=weight
     )[0]
 
 

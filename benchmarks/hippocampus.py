@@ -63,7 +63,7 @@ QUIET = [
 TINY = [
     *("--config", "demo", "--trainer.max_steps", "3", "--model.mkdc", "off", "--data.n_folds", "5"),
     *("--data.synthetic_train", "10", "--data.synthetic_test", "0", "--data.synthetic_size", "[16,16,16]"),
-    *("--data.patch_size", "[8,8,8]", "--model.features", "[2,4,4]", "--trainer.max_epochs", "-1"),
+    *("--data.patch_size", "[16,16,16]", "--model.features", "[2,4,4]", "--trainer.max_epochs", "-1"),
 ]
 COLUMNS = ("method", "fold", "seed", "tta", "dice", "train_s", "steps", "first_s", "eval_s", "fold_s", "peak_gb")
 

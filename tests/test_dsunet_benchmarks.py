@@ -167,7 +167,7 @@ def test_inference_dry_run(script, tmp_path, monkeypatch):
         inference, "ways", lambda: [way("ours", 4, "bf16"), way("ours", 1, "fp32", tta=True), way("MONAI", 2, "fp32")]
     )
 
-    def whole_volume(network, volume, patch, sw_batch, overlap):
+    def whole_volume(network, volume, patch, sw_batch, overlap, weight):
         return F.pad(network(volume[None, :, :8, :8, :8]), (0, 0, 0, 4, 0, 4))[0]
 
     monkeypatch.setattr(inference, "monai_windows", whole_volume)
