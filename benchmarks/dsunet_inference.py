@@ -8,6 +8,9 @@ normalised volume on the device to its logits there; reading, argmax and export 
 8 reflections of a window: nnU-Net's and ours are built in, MONAI's is a function around the network. nnU-Net decides
 precision (fp16) and batch (1) itself.
 
+Ours runs the network channels last with its kernels, compiled rows excepted; the same weights in torch's own layers
+stand for everybody else.
+
 So that agreement means something, the network is first trained for a few seconds on drawn blobs; `agreement` is the
 Dice of a row's foreground with that of our windows one by one in float32 without TF32. `first_s` has cuDNN's trials and
 compilation, for each number of windows in a batch.
@@ -83,8 +86,6 @@ def ways() -> list[Way]:
     out += [Way("nnU-Net", 1, "fp16", tta=True)]
     out += [Way("ours", batch, precision) for precision in ("bf16", "fp16") for batch in (1, 2, 4, 8)]
     out += [Way("MONAI", batch, precision) for precision in ("bf16", "fp16") for batch in (1, 4, 16)]
-    out += [Way("ours", batch, "bf16", compile=True) for batch in (1, 4)]
-    out += [Way("ours", batch, "fp16", compile=True) for batch in (1, 2, 8)]
     out += [Way("MONAI", batch, "fp16", compile=True) for batch in (1, 16)]
     out += [Way("ours", batch, "fp16", tta=True) for batch in (1, 8)]
     out += [Way(tool, 4, "fp16", compile=True, tta=True) for tool in ("ours", "MONAI")]
@@ -104,12 +105,13 @@ def blobs(size: Sequence[int], device: torch.device, seed: int, count: int = 1) 
     return (image - image.mean()) / image.std(), label[:, 0].to(torch.uint8)
 
 
-def trained(case: Case, device: torch.device, steps: int) -> nn.Module:
-    """A network in evaluation mode whose logits have edges."""
+def trained(case: Case, device: torch.device, steps: int) -> tuple[nn.Module, nn.Module]:
+    """A network in evaluation mode whose logits have edges, and the same channels last."""
     torch.manual_seed(0)
     features = default_features(case.stages) if device.type == "cuda" else [2, 4, 4, 4, 4, 4][: case.stages]
     strides = [1] + [2] * (case.stages - 1)
-    network = build_network(in_channels=1, num_classes=CLASSES, features=features, strides=strides).to(device)
+    options: dict[str, Any] = {"in_channels": 1, "num_classes": CLASSES, "features": features, "strides": strides}
+    network = build_network(**options).to(device)
     optimizer, loss = torch.optim.AdamW(network.parameters(), 1e-3), make_loss("dice_ce")
     for step in range(steps):
         image, label = blobs(case.window, device, 1 + step, 2)
@@ -119,7 +121,9 @@ def trained(case: Case, device: torch.device, steps: int) -> nn.Module:
         value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 12)
         optimizer.step()
-    return network.eval().requires_grad_(False)
+    ours = build_network(**options, channels_last=True).to(device)
+    ours.load_state_dict(network.state_dict())
+    return network.eval().requires_grad_(False), ours.eval().requires_grad_(False)
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -171,9 +175,10 @@ def windows(network: nn.Module, segment: Segment, volume: Tensor) -> int:
 
 
 @torch.inference_mode()
-def run(way: Way, case: Case, network: nn.Module, volume: Tensor, truth: Tensor, tiny: bool) -> Row:
+def run(way: Way, case: Case, networks: tuple[nn.Module, nn.Module], volume: Tensor, truth: Tensor, tiny: bool) -> Row:
     """A row's values."""
     clean()
+    network = networks[way.tool == "ours" and not way.compile]
     segment = segmenter(way, case, network, volume.device)
     times = measured(lambda: segment(volume), lambda: segment(volume), volume.device, tiny, seconds=2.5)
     found = segment(volume).argmax(0)
@@ -213,16 +218,16 @@ def main(args: list[str] | None = None) -> None:
         todo = [way for way in todo if results.get(**_key(case, way)) is None]
         if not todo or time.time() + 30 * (not options.tiny) > options.deadline:
             continue
-        network = trained(case, device, 4 if options.tiny else 150)
+        networks = trained(case, device, 4 if options.tiny else 150)
         volume = blobs(case.size, device, 0)[0][0]
         with torch.inference_mode():
-            truths = {tta: reference(case, tta, network, volume) for tta in {way.tta for way in todo}}
+            truths = {tta: reference(case, tta, networks[0], volume) for tta in {way.tta for way in todo}}
         for way in todo:
             if time.time() + (COMPILE_S if way.compile else 15) * (not options.tiny) > options.deadline:
                 continue
             begin = time.perf_counter()
             try:
-                row = run(way, case, network, volume, truths[way.tta], options.tiny)
+                row = run(way, case, networks, volume, truths[way.tta], options.tiny)
             except Exception as error:  # a peer that is missing or fails is a result
                 row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]}
             peer: dict[str, Any] = {"MONAI": {"peer": version("monai")}, "nnU-Net": {"peer": version("nnunetv2")}}

@@ -28,6 +28,7 @@ from dsunet_peers import dynunet, monai_loss, nearest_targets, nnunet_loss, plai
 from torch import Tensor, nn
 
 from lit_common.graph import GraphedStep
+from lit_common.optim import fused_sgd
 from lit_dsunet.losses import DeepSupervisionLoss, make_loss
 from lit_dsunet.models import build_network
 
@@ -51,7 +52,8 @@ class Way(NamedTuple):
     precision: str = "bf16"
     compile: bool = False
     graph: bool = False
-    channels_last: bool = False
+    channels_last: bool = False  # the layout alone
+    kernels: bool = False  # the layout with our kernels between the convolutions
     norm: Norm = "instance"
     mkdc: Literal["off", "naive", "fused"] = "off"
     targets: Literal["soft", "nearest"] = "soft"
@@ -65,6 +67,7 @@ class Way(NamedTuple):
             "compiled" if self.compile else "eager",
             "CUDA graph" if self.graph else "",
             "channels last" if self.channels_last else "",
+            "channels last with kernels" if self.kernels else "",
             {"instance": "", "batch": "batch norm", "none": "no norm"}[self.norm],
             "" if self.mkdc == "off" else f"MKDC {self.mkdc}",
             "" if self.targets == "soft" else f"{self.targets} targets",
@@ -74,25 +77,28 @@ class Way(NamedTuple):
 
 
 BRIEF = (
-    Way(compile=True, graph=True),
+    Way(kernels=True, graph=True),
+    Way("nnU-Net", "bf16", compile=True),
     Way("nnU-Net", "fp16", compile=True),
     Way("DynUNet", "bf16", compile=True),
+    Way(kernels=True),
     Way(),
-    Way(compile=True),
-    Way("nnU-Net", "bf16", compile=True),
 )
 FULL = (
     *BRIEF,
+    *(Way(kernels=True, graph=True, mkdc=mkdc) for mkdc in ("naive", "fused")),
+    *(Way(mkdc=mkdc) for mkdc in ("naive", "fused")),
+    Way(kernels=True, graph=True, deep_supervision=False),
+    Way(kernels=True, graph=True, targets="nearest"),
+    Way(kernels=True, graph=True, precision="fp16"),
     Way(graph=True),
-    Way(targets="nearest"),
     Way(deep_supervision=False),
     *(Way(norm=norm) for norm in ("batch", "none")),
     *(Way(channels_last=True, norm=norm) for norm in ("instance", "batch", "none")),
-    *(Way(mkdc=mkdc) for mkdc in ("naive", "fused")),
-    Way(precision="fp16"),
     Way("nnU-Net", "fp16"),
     *(Way("DynUNet", precision) for precision in ("bf16", "fp16")),
-    Way(precision="fp16", compile=True, graph=True),
+    Way(compile=True),
+    Way(compile=True, graph=True),
     Way("DynUNet", "fp16", compile=True),
     *(Way(mkdc=mkdc, compile=True) for mkdc in ("naive", "fused")),
     Way(channels_last=True, compile=True),
@@ -131,6 +137,7 @@ def network_and_loss(
             deep_supervision=heads - 1 if way.deep_supervision else 0,
             mkdc="off" if way.mkdc == "off" else "skips",
             mkdc_fused=way.mkdc == "fused",
+            channels_last=way.kernels,
         )
         replace_norms(network, way.norm)
         return network, DeepSupervisionLoss(make_loss("dice_ce"), mode=way.targets), None
@@ -166,7 +173,10 @@ def make_step(way: Way, side: int, batch: int, device: torch.device, tiny: bool)
         x = x.contiguous(memory_format=torch.channels_last_3d)
     forward = compiler(device)(network) if way.compile else network
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
+    if way.tool == "ours":
+        optimizer = fused_sgd(trained, 1e-3, momentum=0.99, weight_decay=3e-5, clips=True)
+    else:  # as their trainers build it
+        optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
     scaler = torch.amp.GradScaler(device.type, enabled=way.precision == "fp16" and device.type == "cuda")  # type: ignore[attr-defined]
 
     def loss_of(image: Tensor, target: Tensor) -> Tensor:

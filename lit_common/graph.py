@@ -67,6 +67,8 @@ class GraphedStep:
             self._scale = torch.ones_like(loss)
             with torch.cuda.graph(self._backward, pool=self._forward.pool(), capture_error_mode="thread_local"):
                 grads = torch.autograd.grad(loss, self._parameters, grad_outputs=self._scale, allow_unused=True)
+                # As in a backward pass: fused optimizers refuse a gradient in another layout than its parameter.
+                grads = [_laid_out_like(g, p) for g, p in zip(grads, self._parameters, strict=True)]
         finally:
             torch.set_autocast_cache_enabled(cache)
         self._loss = loss.detach()
@@ -109,6 +111,12 @@ class GraphedStep:
         torch._foreach_copy_(self._sums, self._grads)
         for p, total in zip(self._parameters, self._sums, strict=True):
             p.grad = total
+
+
+def _laid_out_like(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 class _Replay(torch.autograd.Function):

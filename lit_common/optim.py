@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 
-__all__ = ["fused_adamw"]
+__all__ = ["fused_adamw", "fused_sgd"]
 
 
 def fused_adamw(params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], lr: float, *, clips: bool) -> AdamW:
@@ -30,6 +30,34 @@ def fused_adamw(params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
         True
     """
     optimizer = AdamW(params, lr=lr, fused=True)
+    if clips:
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
+
+
+def fused_sgd(
+    params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
+    lr: float,
+    *,
+    momentum: float,
+    weight_decay: float,
+    clips: bool,
+) -> SGD:
+    """SGD with Nesterov momentum in one kernel per parameter group, also where gradients are clipped (`fused_adamw`).
+
+    Args:
+        params: Parameters, or parameter groups.
+        lr: Learning rate.
+        momentum: 0 for plain gradient descent.
+        weight_decay: L2 penalty.
+        clips: Gradients are clipped before the step.
+
+    Example:
+        >>> layer = torch.nn.Linear(1, 1)
+        >>> fused_sgd(layer.parameters(), 0.1, momentum=0.9, weight_decay=0.0, clips=True).defaults["nesterov"]
+        True
+    """
+    optimizer = SGD(params, lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay, fused=True)
     if clips:
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer

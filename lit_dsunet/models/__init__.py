@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import nn
 
 from lit_dsunet.models.mkdc import MKDC, MKDCNorm
@@ -49,6 +50,7 @@ def build_network(
     decoder: str = "Unet",
     pretrained: bool | str = False,
     gradient_checkpointing: bool = False,
+    channels_last: bool = False,
 ) -> nn.Module:
     """A network from plain values; see the classes for what each means.
 
@@ -60,12 +62,13 @@ def build_network(
         return MKDC(channels, mkdc_kernels, dims=dims, norm=mkdc_norm, residual=mkdc_residual, fused=mkdc_fused)
 
     on_skips = block if mkdc == "skips" else None
+    form = torch.channels_last_3d if dims == 3 else torch.channels_last
     if arch == "smp":
         from lit_dsunet.models.smp2d import SliceNet  # its import costs seconds
 
         if dims != 2 or mkdc != "off":
             raise ValueError(f"model.arch smp: expected dims 2 and mkdc off, got dims {dims} and mkdc {mkdc}")
-        return SliceNet(
+        slices = SliceNet(
             in_channels=in_channels,
             num_classes=num_classes,
             encoder=encoder,
@@ -73,17 +76,19 @@ def build_network(
             pretrained=pretrained,
             deep_supervision=deep_supervision,
         )
+        return slices.to(memory_format=form) if channels_last else slices  # type: ignore[call-overload]
     if pretrained:
         raise ValueError(f"model.pretrained: only arch smp has pretrained encoders, got arch {arch}")
     if arch == "r3d18_unet":
         if dims != 3 or mkdc == "decoder" or gradient_checkpointing:
             raise ValueError("model.arch r3d18_unet: expected dims 3, mkdc off or skips, no gradient_checkpointing")
-        return R3D18UNet(
+        guide = R3D18UNet(
             in_channels=in_channels,
             num_classes=num_classes,
             deep_supervision=deep_supervision,
             skip_module=on_skips,
         )
+        return guide.to(memory_format=form) if channels_last else guide  # type: ignore[call-overload]
     stages = len(strides)
     residual = arch == "resenc"
     blocks = RESIDUAL_BLOCKS[:stages] + (6,) * (stages - len(RESIDUAL_BLOCKS)) if residual else (2,) * stages
@@ -101,4 +106,5 @@ def build_network(
         skip_module=on_skips,
         decoder_module=block if mkdc == "decoder" else None,
         checkpointing=gradient_checkpointing,
+        channels_last=channels_last,
     )

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lit_dsunet.models import channels_last as cl
+
 __all__ = ["Heads"]
 
 
@@ -32,6 +34,7 @@ class Heads(nn.Module):
         conv = nn.Conv3d if dims == 3 else nn.Conv2d
         self.convs = nn.ModuleList(conv(c, num_classes, 1) for c in channels)
         self.count = deep_supervision + 1
+        self.channels_last = False
         for head in list(self.convs)[: -self.count]:
             head.requires_grad_(False)
 
@@ -42,5 +45,10 @@ class Heads(nn.Module):
             The finest logits; in training with auxiliary heads a list, finest first.
         """
         if not self.training or self.count == 1:
-            return self.convs[-1](maps[-1])
-        return [self.convs[-1 - i](maps[-1 - i]) for i in range(self.count)]
+            return self._head(-1, maps)
+        return [self._head(-1 - i, maps) for i in range(self.count)]
+
+    def _head(self, i: int, maps: Sequence[Tensor]) -> Tensor:
+        if self.channels_last and cl.usable(maps[i]):
+            return cl.logits(maps[i], self.convs[i])
+        return self.convs[i](maps[i])  # type: ignore[no-any-return]

@@ -10,12 +10,14 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from lit_dsunet.models import channels_last as cl
 from lit_dsunet.models.heads import Heads
 
 __all__ = ["ConvNormAct", "ResidualBlock", "UNet", "per_axis"]
 
 Size = int | Sequence[int]
 SkipModule = Callable[[int], nn.Module]
+SLOPE = 0.01  # of the leaky ReLU
 
 
 def per_axis(value: Size, dims: int) -> tuple[int, ...]:
@@ -60,8 +62,25 @@ class ConvNormAct(nn.Sequential):
             norm(outputs, eps=1e-5, affine=True),
         ]
         if activate:
-            layers.append(nn.LeakyReLU(0.01, inplace=True))
+            layers.append(nn.LeakyReLU(SLOPE, inplace=True))
         super().__init__(*layers)
+        self.channels_last = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, ...) to (B, C', ...) at the stride."""
+        if not self.channels_last or not cl.usable(input):
+            return super().forward(input)
+        conv, norm = self[0], self[1]
+        assert isinstance(norm, (nn.InstanceNorm2d, nn.InstanceNorm3d))
+        # The bias has no effect before this normalisation: it costs three passes over the map and gets no gradient.
+        return cl.instance_norm_act(
+            cl.conv(input, conv),
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            slope=SLOPE if len(self) > 2 else 1.0,
+            removed=conv.bias,  # type: ignore[arg-type]
+        )
 
 
 class ResidualBlock(nn.Module):
@@ -78,7 +97,7 @@ class ResidualBlock(nn.Module):
         if inputs != outputs:
             skip.append(ConvNormAct(inputs, outputs, one, one, activate=False, bias=False))
         self.skip = nn.Sequential(*skip)
-        self.act = nn.LeakyReLU(0.01, inplace=True)
+        self.act = nn.LeakyReLU(SLOPE, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) to (B, C', ...) at the stride."""
@@ -103,6 +122,8 @@ class UNet(nn.Module):
         skip_module: Makes a module for a skip of so many channels, such as MKDC.
         decoder_module: The same after each decoder stage.
         checkpointing: Recompute the stages' activations in the backward pass.
+        channels_last: Keep the channels of a voxel together in memory (NDHWC), with kernels of our own between the
+            convolutions where a GPU is there. The same function of the same weights.
 
     Attributes:
         stride: Product of the strides per axis: what a patch size must be a multiple of.
@@ -132,6 +153,7 @@ class UNet(nn.Module):
         skip_module: SkipModule | None = None,
         decoder_module: SkipModule | None = None,
         checkpointing: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         n = len(features)
@@ -172,6 +194,12 @@ class UNet(nn.Module):
         # Last, so that networks with and without them begin with the same weights for the same seed.
         self.skips = nn.ModuleList(skip_module(w) if skip_module else nn.Identity() for w in widths)
         self.after = nn.ModuleList(decoder_module(w) if decoder_module else nn.Identity() for w in widths)
+        self.channels_last = channels_last
+        if channels_last:
+            self.to(memory_format=torch.channels_last_3d if dims == 3 else torch.channels_last)  # type: ignore[call-overload]
+            for module in self.modules():
+                if isinstance(module, (ConvNormAct, Heads)):
+                    module.channels_last = True
         self.head_strides = [tuple(math.prod(axis) for axis in zip(*steps[: i + 1], strict=True)) for i in range(n - 1)]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -181,6 +209,8 @@ class UNet(nn.Module):
             In evaluation (B, K, ...) at the image's size; in training with deep supervision a list of logits at
             their own size, finest first.
         """
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last)
         x = self.stem(x)
         features = []
         for stage in self.encoder:
@@ -190,7 +220,11 @@ class UNet(nn.Module):
         for i, (skip, up, stage, after) in enumerate(
             zip(self.skips, self.ups, self.decoder, self.after, strict=True), start=2
         ):
-            x = torch.cat((up(x), skip(features[-i])), dim=1)
+            skipped = skip(features[-i])
+            if self.channels_last and cl.usable(x):
+                x = cl.concatenate(cl.upsample(x, up), skipped, up.bias)  # type: ignore[arg-type]
+            else:
+                x = torch.cat((up(x), skipped), dim=1)
             x = after(self._run(stage, x))
             maps.append(x)
         return self.heads(maps)

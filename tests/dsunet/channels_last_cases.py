@@ -1,0 +1,155 @@
+"""The channels-last operations against torch's own; `test_channels_last.py` runs this file in Triton's interpreter.
+
+On a GPU it runs as it is: `pytest tests/dsunet/channels_last_cases.py`.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lit_dsunet.models import build_network
+from lit_dsunet.models import channels_last as cl
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="no CUDA device, no interpreter"
+)
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def draw(*shape, dtype=torch.float32):
+    form = torch.channels_last_3d if len(shape) == 5 else torch.channels_last
+    return torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=form)
+
+
+def assert_near(found, expected, tolerance):
+    difference = (found.detach().double() - expected.detach().double()).norm()
+    assert difference <= tolerance * expected.detach().double().norm(), float(difference)
+
+
+def doubles(*tensors):
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 7), (1, 32, 8, 8, 8), (2, 80, 4, 5, 6), (2, 5, 9, 11), (1, 1, 4, 4, 4)])
+@pytest.mark.parametrize("slope", [0.01, 1.0])
+def test_instance_norm_act(shape, slope):
+    """Also for means far from 0, which sums of squares alone would not survive."""
+    x = (draw(*shape) * 3 + 300).requires_grad_()
+    weight, bias = (torch.randn(shape[1], device=DEVICE, requires_grad=True) for _ in range(2))
+    removed = torch.zeros(shape[1], device=DEVICE, requires_grad=True)
+    y = cl.instance_norm_act(x, weight, bias, slope=slope, removed=removed)
+    assert y.is_contiguous(memory_format=cl._form(x))
+    xd, wd, bd = doubles(x, weight, bias)
+    expected = F.leaky_relu(F.instance_norm(xd, weight=wd, bias=bd, eps=1e-5), slope)
+    assert_near(y, expected, 1e-4)
+    gradient = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, weight, bias, removed), gradient)
+    for a, b in zip(found, torch.autograd.grad(expected, (xd, wd, bd), gradient.double()), strict=False):
+        assert_near(a, b, 1e-4)
+    assert not found[3].any()
+
+
+def test_half_precision_keeps_its_statistics_in_float32():
+    x = (draw(2, 16, 8, 8, 8) + 30).half()
+    weight, bias = torch.ones(16, device=DEVICE), torch.zeros(16, device=DEVICE)
+    y = cl.instance_norm_act(x, weight, bias, slope=1.0)
+    assert y.dtype == torch.float16
+    assert_near(y, F.instance_norm(x.double()), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel"), [((2, 1, 6, 7, 9), (3, 3, 3)), ((1, 2, 5, 6, 7), (1, 3, 3)), ((2, 3, 9, 10), (3, 3))]
+)
+def test_convolution_of_few_channels(shape, kernel):
+    x = draw(*shape, dtype=torch.float16)
+    layer = (nn.Conv3d if len(kernel) == 3 else nn.Conv2d)(shape[1], 20, kernel, padding=[k // 2 for k in kernel])
+    layer = layer.to(DEVICE, torch.float16)
+    y = cl.conv(x, layer)
+    assert type(y.grad_fn).__name__ == "_FewChannelConvBackward"
+    (weight,) = doubles(layer.weight)
+    function = F.conv3d if len(kernel) == 3 else F.conv2d
+    expected = function(x.double(), weight, None, 1, layer.padding)
+    assert_near(y, expected, 1e-3)
+    gradient = torch.randn_like(y)
+    found = torch.autograd.grad(y, layer.weight, gradient)[0]
+    assert_near(found, torch.autograd.grad(expected, weight, gradient.double())[0], 1e-3)
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((2, 20, 4, 5, 6), 2), ((1, 32, 6, 7), 3), ((2, 80, 3, 4, 5), 16)])
+def test_logits(shape, classes):
+    x = draw(*shape, dtype=torch.float16).requires_grad_()
+    layer = (nn.Conv3d if len(shape) == 5 else nn.Conv2d)(shape[1], classes, 1).to(DEVICE, torch.float16)
+    y = cl.logits(x, layer)
+    assert type(y.grad_fn).__name__ == "_LogitsBackward"
+    assert y.is_contiguous()
+    xd, weight, bias = doubles(x, layer.weight, layer.bias)
+    expected = (F.conv3d if len(shape) == 5 else F.conv2d)(xd, weight, bias)
+    assert_near(y, expected, 1e-3)
+    gradient = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, layer.weight, layer.bias), gradient)
+    for a, b in zip(found, torch.autograd.grad(expected, (xd, weight, bias), gradient.double()), strict=True):
+        assert_near(a, b, 1e-3)
+
+
+def test_concatenate():
+    a, b = draw(2, 5, 3, 4, 5).requires_grad_(), draw(2, 70, 3, 4, 5).requires_grad_()
+    bias = torch.randn(5, device=DEVICE, requires_grad=True)
+    y = cl.concatenate(a, b, bias)
+    expected = torch.cat((a + bias.view(-1, 1, 1, 1), b), dim=1)
+    torch.testing.assert_close(y, expected)
+    gradient = torch.randn_like(expected)
+    found, known = (torch.autograd.grad(out, (a, b, bias), gradient) for out in (y, expected))
+    torch.testing.assert_close(found, known)
+
+
+def test_a_map_is_made_again():
+    """What a convolution keeps for its way back is the recipe, not the map."""
+    x = draw(1, 4, 4, 4, 4).requires_grad_()
+    weight, bias = (torch.randn(4, device=DEVICE, requires_grad=True) for _ in range(2))
+    layer = nn.Conv3d(4, 4, 3, padding=1).to(DEVICE)
+    y = cl.instance_norm_act(x, weight, bias)
+    plain = F.conv3d(y, layer.weight, None, 1, 1)
+    expected = torch.autograd.grad(plain.square().sum(), (x, layer.weight), retain_graph=True)
+    out = cl.conv(y, layer)
+    assert out.grad_fn._raw_saved_input.data is y._remade
+    assert plain.grad_fn._raw_saved_input.data is not y._remade
+    found = torch.autograd.grad(out.square().sum(), (x, layer.weight))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"features": [4, 8, 12], "strides": [1, 2, 2], "deep_supervision": 1},
+        {"arch": "resenc", "features": [4, 8, 12], "strides": [1, [1, 2, 2], 2]},
+        {"features": [4, 8, 12], "strides": [1, 2, 2], "gradient_checkpointing": True},
+        {"features": [4, 8, 12], "strides": [1, 2, 2], "dims": 2},
+    ],
+)
+def test_a_network_is_the_same_function(options):
+    torch.manual_seed(1)
+    plain = build_network(in_channels=2, num_classes=3, **options).to(DEVICE)
+    torch.manual_seed(1)
+    ours = build_network(in_channels=2, num_classes=3, channels_last=True, **options).to(DEVICE)
+    x = torch.randn(2, 2, *(8,) * options.get("dims", 3), device=DEVICE)
+    losses = []
+    for network in (plain, ours):
+        out = network(x)
+        losses.append(sum(o.square().mean() for o in (out if isinstance(out, list) else [out])))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+    for (name, p), q in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None and p.grad.norm() > 1e-6:  # a bias before a normalisation has rounding errors for one
+            assert_near(q.grad, p.grad, 1e-3)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.eval()(x[:1]), plain.eval()(x[:1]), rtol=1e-4, atol=1e-5)
