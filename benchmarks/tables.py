@@ -13,17 +13,29 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-Report = dict[str, Any]
+from table_parts import (
+    NONE,
+    NOT_MEASURED,
+    Report,
+    Row,
+    Tables,
+    conditions,
+    grouped,
+    listed,
+    markdown,
+    mean_sd,
+    number,
+    origin,
+)
+from tables_dsunet import TABLES_DSUNET
 
 ROOT = Path(__file__).parents[1]
 SECTION = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 MARK = re.compile(r"<!-- (?:table:[\w-]+|/table) -->")
-NOT_MEASURED = "Not measured yet."
 REFERENCE = "rtx3070ti_balanced"  # profiles are compared with it
 VOLUMES = "dsunet/"  # begins the names of profiles for volumes
 VOLUMES_REFERENCE = "guide_baseline"
@@ -31,68 +43,6 @@ GUIDE_LIMIT = "guide limit"  # names of rows that try the original guide's large
 BASELINE = "plain fp32"  # throughput is compared with it, at its fastest number of workers
 DECODERS = ("argmax", "quarter", "centroid", "softargmax", "dark")
 SDR = ("sdr_2mm", "sdr_2.5mm", "sdr_3mm", "sdr_4mm")
-NONE = "–"  # noqa: RUF001 - the sign for an empty cell
-
-
-# ---- parts ----------------------------------------------------------------------------------------------------------
-
-
-def conditions(rows: Sequence[Row]) -> str:
-    """A sentence on what else the machine did, for rows that say so in `conditions`."""
-    said = sorted({row["conditions"] for row in rows if row.get("conditions")})
-    return f" Conditions: {'; '.join(said)}." if said else ""
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are numbers.
-
-    >>> print(markdown(["a", "b"], [["x", "1"]]))
-    | a | b |
-    |---|---:|
-    | x | 1 |
-    """
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
-    return "\n".join([lines[0], "|---|" + "---:|" * (len(header) - 1), *lines[1:]])
-
-
-def number(value: Any, digits: int = 1) -> str:
-    """A number with fixed decimals; a dash for None."""
-    return NONE if value is None else f"{value:.{digits}f}"
-
-
-def listed(values: Iterable[Any]) -> str:
-    """Different values in the order of their first appearance.
-
-    >>> listed(["b", None, "a", "b"])
-    'b, a'
-    """
-    return ", ".join(dict.fromkeys(str(v) for v in values if v))
-
-
-def origin(rows: Sequence[Row]) -> str:
-    """One sentence: on which device, at which commit, when and with which torch the rows were measured."""
-    devices = listed(row.get("device") for row in rows)
-    found = [("commit", "commit"), ("", "date"), ("torch", "torch")]
-    parts = [f"{label} {listed(row.get(key) for row in rows)}".strip() for label, key in found]
-    return f"Measured on {devices or 'an unnamed device'}: {'; '.join(parts)}."
-
-
-def mean_sd(values: Sequence[float], digits: int) -> str:
-    """Mean, and the standard deviation where there are several values.
-
-    >>> mean_sd([1.0, 1.2], 2), mean_sd([1.0], 2)
-    ('1.10 ± 0.14', '1.00')
-    """
-    mean = number(statistics.fmean(values), digits)
-    return mean if len(values) < 2 else f"{mean} ± {number(statistics.stdev(values), digits)}"
-
-
-def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows by the values of some keys, in the order of their first appearance."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
-    return groups
 
 
 # ---- tables: a report of results/*.json to markdown -----------------------------------------------------------------
@@ -403,7 +353,7 @@ def _cleanup_cells(row: Row, plain: Row) -> list[str]:
 
 _CODEC_CASE = ("input", "stride", "sigma_heatmap_px", "centre", "noise")
 
-TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
+TABLES: Tables = {
     "profiles": ("profiles", profiles),
     "profiles-dsunet": ("profiles_dsunet", profiles_dsunet),
     "isbi2015": ("isbi2015", isbi2015),
@@ -414,6 +364,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "memory-cleanup": ("memory_cleanup", memory_cleanup),
     "codec": ("codec", codec),
     "codec-all": ("codec", codec_all),
+    **TABLES_DSUNET,
 }
 
 
