@@ -24,7 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["concatenate", "conv", "instance_norm_act", "logits", "remade", "upsample", "usable"]
+__all__ = [
+    "concatenate",
+    "conv",
+    "depthwise_branches",
+    "instance_norm_act",
+    "logits",
+    "remade",
+    "upsample",
+    "usable",
+]
 
 FEW = 4  # image channels up to which cuDNN is not used
 MOST_CLASSES = 16
@@ -258,3 +267,119 @@ def logits(x: Tensor, layer: nn.Module) -> Tensor:
         if x.dtype == dtype and dtype in _HALF and weight.shape[0] <= MOST_CLASSES:
             return _Logits.apply(_laid_out(x), weight, bias)  # type: ignore[no-any-return]
         return layer(x)  # type: ignore[no-any-return]
+
+
+class _Branches(torch.autograd.Function):
+    """Depth-wise convolutions of one map, each with mean and variance of what comes out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, whole_batch: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+        from lit_dsunet.models import mkdc_kernels as kernels
+
+        ctx.save_for_backward(x, *weights)
+        voxels = x.numel() // (x.shape[0] * x.shape[1])
+        maps, known = [], []
+        for weight in weights:
+            u, means, squares = kernels.branch(x, weight.to(x.dtype), stats=True)
+            maps.append(u)
+            known += kernels.statistics(means, squares, voxels, whole_batch=whole_batch)
+        ctx.mark_non_differentiable(*known)
+        return *maps, *known
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # type: ignore[override]
+        from lit_dsunet.models import mkdc_kernels as kernels
+
+        x, *weights = ctx.saved_tensors
+        du = [_laid_out(g) for g in gradients[: len(weights)]]
+        dx: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            for g, weight in zip(du, weights, strict=True):
+                dx = kernels.branch(g, weight.to(x.dtype), flip=True, add=dx)[0]
+        dw = [kernels.branch_weight(x, g, w.shape[2:]).to(w.dtype) for g, w in zip(du, weights, strict=True)]
+        return dx, None, *dw
+
+
+class _Combined(torch.autograd.Function):
+    """Normalisation, ReLU6, sum and shuffle of branches, from statistics that may follow from them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        options: tuple[int, bool, bool],
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        *u: Tensor,
+    ) -> Tensor:
+        from lit_dsunet.models import mkdc_kernels as kernels
+
+        ctx.save_for_backward(mean, rstd, weight, bias, *u)
+        ctx.options = options
+        return kernels.combine(u, (mean, rstd, weight, bias), options[0], residual)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        from lit_dsunet.models import mkdc_kernels as kernels
+
+        mean, rstd, weight, bias, *u = ctx.saved_tensors
+        groups, follows, whole_batch = ctx.options
+        known = (mean, rstd, weight, bias)
+        dy = _laid_out(dy)
+        sums = kernels.combine_sums(u, dy, known, groups)  # (N, B, 2, C)
+        d_bias, d_weight = sums.sum(1).unbind(1)
+        voxels = dy.numel() // (dy.shape[0] * dy.shape[1])
+        if not follows:
+            means = torch.zeros_like(sums)
+        elif whole_batch:
+            means = (sums.sum(1, keepdim=True) / (voxels * len(dy))).expand_as(sums).contiguous()
+        else:
+            means = sums / voxels
+        du = kernels.combine_backward(u, dy, known, means, groups)
+        return None, None, None, d_weight, d_bias, dy if ctx.needs_input_grad[5] else None, *du
+
+
+def depthwise_branches(x: Tensor, convs: Any, norms: Any, *, groups: int, residual: bool) -> Tensor:
+    """`shuffle(sum_k ReLU6(norm_k(conv_k(x))))`, plus x, of a channels-last map: what `MKDC` computes.
+
+    Args:
+        x: (B, C, ...) on a device that is `usable`.
+        convs: Depth-wise convolutions without bias, up to four.
+        norms: As many BatchNorm or affine InstanceNorm layers, all of one kind; running statistics are kept as ever.
+        groups: Of the channel shuffle.
+        residual: Add x.
+    """
+    x = _laid_out(x.to(_autocast_type(x)))
+    count = len(convs)
+    whole_batch = isinstance(norms[0], nn.modules.batchnorm._BatchNorm)
+    follows = not whole_batch or norms[0].training or norms[0].running_mean is None
+    with remade(x):
+        out = _Branches.apply(x, whole_batch, *(conv.weight for conv in convs))
+    u, known = out[:count], out[count:]
+    means, variances = list(known[0::2]), list(known[1::2])
+    for i, norm in enumerate(norms):
+        if not whole_batch or norm.running_mean is None:
+            continue
+        if norm.training:
+            _update_running(norm, means[i][0], variances[i][0], x.numel() // x.shape[1])
+        else:
+            shape = means[i].shape
+            means[i], variances[i] = norm.running_mean.expand(shape), norm.running_var.expand(shape)
+    rstd = (torch.stack(variances) + norms[0].eps).rsqrt()
+    weight, bias = torch.stack([norm.weight.float() for norm in norms]), torch.stack([n.bias.float() for n in norms])
+    options = (groups, follows, whole_batch)
+    return _Combined.apply(options, torch.stack(means), rstd, weight, bias, x if residual else None, *u)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _update_running(norm: Any, mean: Tensor, variance: Tensor, count: int) -> None:
+    """As BatchNorm does in training: the unbiased variance, and a count of batches."""
+    norm.num_batches_tracked.add_(1)
+    if norm.momentum is None:
+        share = 1.0 / norm.num_batches_tracked.float()
+    else:
+        share = torch.full((), norm.momentum, device=mean.device)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+    norm.running_var.lerp_((variance * (count / max(1, count - 1))).to(norm.running_var.dtype), share)

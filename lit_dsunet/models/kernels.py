@@ -455,7 +455,8 @@ def few_channel_conv(x: Tensor, weight: Tensor) -> Tensor:
     """
     sizes, constants = _few(x, weight.shape[2:], weight.shape[0])
     form = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
-    y = x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:])).contiguous(memory_format=form)
+    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
     rows = weight.movedim((0, 1), (-1, -2)).contiguous()  # (taps, C, N)
     grid = (triton.cdiv(sizes[0], constants["BLOCK_V"]), triton.cdiv(sizes[5], constants["BLOCK_N"]))
     _few_conv[grid](x, rows, y, *sizes, **constants)

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_dsunet.models import channels_last as cl
+
 __all__ = ["MKDC", "MKDCNorm"]
+
+MOST_BRANCHES = 4  # that the kernels take
 
 MKDCNorm = Literal["batch", "instance"]
 
@@ -30,7 +34,8 @@ class MKDC(nn.Module):
         norm: Normalisation of each branch.
         residual: Add the input.
         fused: Compute all branches as one convolution of the largest kernel with the smaller ones zero-padded: fewer
-            launches and one normalisation, but more multiplications. The same function of the same weights.
+            launches and one normalisation, but more multiplications. The same function of the same weights. Of no
+            effect in a channels-last network on a GPU, which has kernels of its own for this block.
 
     Shapes:
         (B, C, ...) to the same.
@@ -54,6 +59,7 @@ class MKDC(nn.Module):
             raise ValueError(f"mkdc.kernels: expected odd sizes from 1, got {list(kernels)}")
         conv = nn.Conv3d if dims == 3 else nn.Conv2d
         self.kernels, self.dims, self.residual, self.fused = tuple(kernels), dims, residual, fused
+        self.channels_last = False  # set by a network that keeps its maps so
         self.convs = nn.ModuleList(
             conv(channels, channels, k, padding=k // 2, groups=channels, bias=False) for k in kernels
         )
@@ -63,9 +69,17 @@ class MKDC(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) to the same shape."""
+        if self.channels_last and cl.usable(x) and self._for_kernels:
+            return cl.depthwise_branches(x, self.convs, self.norms, groups=self.groups, residual=self.residual)
         y = self._fused(x) if self.fused else self._branches(x)
         y = self._shuffle(y)
         return x + y if self.residual else y
+
+    @property
+    def _for_kernels(self) -> bool:
+        """Whether the normalisations are still those made here (SyncBatchNorm would not be)."""
+        kinds = (nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+        return len(self.kernels) <= MOST_BRANCHES and all(type(norm) in kinds for norm in self.norms)
 
     def _branches(self, x: Tensor) -> Tensor:
         parts = [F.relu6(norm(conv(x))) for conv, norm in zip(self.convs, self.norms, strict=True)]

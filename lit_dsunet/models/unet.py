@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_dsunet.models import channels_last as cl
 from lit_dsunet.models.heads import Heads
+from lit_dsunet.models.mkdc import MKDC
 
 __all__ = ["ConvNormAct", "ResidualBlock", "UNet", "per_axis"]
 
@@ -198,7 +199,7 @@ class UNet(nn.Module):
         if channels_last:
             self.to(memory_format=torch.channels_last_3d if dims == 3 else torch.channels_last)  # type: ignore[call-overload]
             for module in self.modules():
-                if isinstance(module, (ConvNormAct, Heads)):
+                if isinstance(module, (ConvNormAct, Heads, MKDC)):
                     module.channels_last = True
         self.head_strides = [tuple(math.prod(axis) for axis in zip(*steps[: i + 1], strict=True)) for i in range(n - 1)]
 

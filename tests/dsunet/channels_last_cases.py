@@ -3,6 +3,7 @@
 On a GPU it runs as it is: `pytest tests/dsunet/channels_last_cases.py`.
 """
 
+import copy
 import os
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from lit_dsunet.models import build_network
 from lit_dsunet.models import channels_last as cl
+from lit_dsunet.models.mkdc import MKDC
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -153,3 +155,35 @@ def test_a_network_is_the_same_function(options):
             assert_near(q.grad, p.grad, 1e-3)
     with torch.inference_mode():
         torch.testing.assert_close(ours.eval()(x[:1]), plain.eval()(x[:1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize(
+    ("shape", "kernels", "residual"),
+    [((2, 6, 2, 4, 5), (1, 3, 5), True), ((2, 40, 2, 3, 4), (3,), False), ((2, 4, 5, 6), (1, 3, 5, 7), False)],
+)
+def test_mkdc(norm, shape, kernels, residual):
+    torch.manual_seed(1)
+    plain = MKDC(shape[1], kernels, dims=len(shape) - 2, norm=norm, residual=residual).to(DEVICE)
+    for layer in plain.norms:
+        nn.init.uniform_(layer.weight, 0.5, 2.0)
+        nn.init.uniform_(layer.bias, -1.0, 6.0)  # so that both ends of ReLU6 are met
+    ours = copy.deepcopy(plain)
+    ours.channels_last = True
+    for mode in (True, False):  # with statistics of the batch, then with running ones
+        x = (draw(*shape) + 1).requires_grad_()
+        found, expected = ours.train(mode)(x), plain.train(mode)(x)
+        assert type(found.grad_fn).__name__ == "_CombinedBackward"
+        assert_near(found, expected, 1e-5)
+        gradient = torch.randn_like(expected)
+        inputs = [(x, *m.parameters()) for m in (ours, plain)]
+        for (name, _), a, b in zip(
+            [("x", x), *plain.named_parameters()],
+            torch.autograd.grad(found, inputs[0], gradient),
+            torch.autograd.grad(expected, inputs[1], gradient),
+            strict=True,
+        ):
+            scale = float(b.norm()) if float(b.norm()) > 1e-2 else 1.0  # no weight matters to a norm behind it alone
+            assert float((a - b).norm()) <= 3e-3 * scale, name
+        for (name, a), b in zip(ours.named_buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(a, b, msg=name)
