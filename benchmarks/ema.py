@@ -85,10 +85,10 @@ def ours(mark_on_device: bool = False, **options: Any) -> Callable[[Trainer, Lig
         flag = torch.zeros((), device=module.device)
 
         def update() -> None:
-            ema._stepped = True
-            ema._certain = not mark_on_device
+            ema._steps.stepped = True
+            ema._steps.certain = not mark_on_device
             if mark_on_device:
-                ema._found_inf.append(flag)
+                ema._steps.found_inf.append(flag)
             ema.on_train_batch_end(trainer, module, None, None, 0)
 
         return update

@@ -126,11 +126,7 @@ class Landmarks(Task):
         from lit_landmarks.data import LandmarkData
         from lit_landmarks.module import LitLandmarks
 
-        class BuildOnly(LandmarkCLI):
-            def _run_subcommand(self, subcommand: str) -> None:
-                pass
-
-        cli = BuildOnly(LitLandmarks, LandmarkData, "lit_landmarks", arguments)
+        cli = LandmarkCLI(LitLandmarks, LandmarkData, "lit_landmarks", arguments, build_only=True)
         if not options.root and not options.tiny:
             cli.datamodule._table = like_isbi()
         return cli
@@ -207,11 +203,7 @@ class Volumes(Task):
         from lit_dsunet.data import VolumeData
         from lit_dsunet.module import LitDSUNet
 
-        class BuildOnly(VolumeCLI):
-            def _run_subcommand(self, subcommand: str) -> None:
-                pass
-
-        cli = BuildOnly(LitDSUNet, VolumeData, "lit_dsunet", arguments)
+        cli = VolumeCLI(LitDSUNet, VolumeData, "lit_dsunet", arguments, build_only=True)
         if not options.root:
             data: VolumeData = cli.datamodule
             drawn = volumes(*(TINY if options.tiny else SMALL if math.prod(data.patch_size) < 64**3 else HEAD))

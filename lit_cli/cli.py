@@ -10,15 +10,15 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -33,6 +33,7 @@ from lit_cli.errors import InputError
 from lit_cli.profiles import expand_profiles
 
 Result = TypeVar("Result")
+CLI = TypeVar("CLI", bound="LitCLI")
 
 REFRESH_EVERY = 20  # batches; each refresh of the progress bar reads the loss and so waits for the device
 
@@ -62,7 +63,11 @@ class LitCLI(LightningCLI):
             test and predict take from a checkpoint.
         package: Import name of the task, for profiles by name and the log folder.
         args: Command line without the program's name; by default the process's.
+        build_only: Make module, data and Trainer, but do not run them.
     """
+
+    #: The task's own callbacks by the group that holds their options, so that two config files can each set one key.
+    groups: ClassVar[Mapping[str, type[Callback]]] = {}
 
     def __init__(
         self,
@@ -70,8 +75,10 @@ class LitCLI(LightningCLI):
         datamodule_class: type[LightningDataModule],
         package: str,
         args: Sequence[str] | None = None,
+        *,
+        build_only: bool = False,
     ) -> None:
-        self.package = package
+        self.package, self.build_only = package, build_only
         self.given = expand_profiles(package, list(sys.argv[1:] if args is None else args))
         super().__init__(
             model_class,
@@ -86,7 +93,7 @@ class LitCLI(LightningCLI):
     # ---- arguments -------------------------------------------------------------------------------------------------
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The groups that every task has."""
+        """The groups that every task has, and its own."""
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_argument(
             "--matmul_precision",
@@ -94,6 +101,8 @@ class LitCLI(LightningCLI):
             default="high",
             help="float32 products: highest is exact, high uses TF32.",
         )
+        for name, callback in self.groups.items():
+            parser.add_lightning_class_args(callback, name)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without Lightning's remark on arguments given beside the command line."""
@@ -169,6 +178,10 @@ class LitCLI(LightningCLI):
         kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self.build_only:
+            super()._run_subcommand(subcommand)
+
     def after_fit(self) -> None:
         """Print the last validation's figures and what the run left on disk."""
         if self.trainer.interrupted:
@@ -199,14 +212,24 @@ def print_summary(trainer: Trainer, title: str) -> None:
             table.add_row(name, f"{float(value):.4g}")
     if table.row_count:
         console.print(table)
+    for word, path in written_checkpoints(trainer).items():
+        console.print(f"{word} checkpoint: {path}")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Checkpoint):
-            for label in ("best_model_path", "last_model_path"):
-                path = getattr(callback, label, "")
-                if path and Path(path).exists():
-                    console.print(f"{label.split('_')[0]} checkpoint: {path}")
         for path in getattr(callback, "artifacts", ()):
             console.print(f"{Path(path).parent.name}: {path}")
+
+
+def written_checkpoints(trainer: Trainer) -> dict[str, str]:
+    """The `best` and the `last` checkpoint that the callbacks of a fit have left, as far as there are any."""
+    best: list[str] = []
+    last: list[str] = []
+    for callback in trainer.checkpoint_callbacks:
+        # A callback without a metric keeps its newest file under the name of the best.
+        (best if getattr(callback, "monitor", None) else last).append(getattr(callback, "best_model_path", ""))
+        last.append(getattr(callback, "last_model_path", ""))
+    best, last = ([path for path in paths if path and Path(path).exists()] for paths in (best, last))
+    newest = sorted(last, key=lambda path: Path(path).stat().st_mtime)[-1:]
+    return {word: paths[0] for word, paths in (("best", best), ("last", newest)) if paths}
 
 
 def log_folder(package: str, args: Sequence[str]) -> Path:
@@ -241,8 +264,10 @@ def find_checkpoint(word: str, folder: Path) -> Path:
         callbacks = torch.load(files[0], map_location="cpu", weights_only=True).get("callbacks", {})
     except Exception as error:
         raise InputError(f"--ckpt_path best: {files[0]} is not a checkpoint ({error!s:.80})") from error
-    for state in callbacks.values():
-        best = state.get("best_model_path") if isinstance(state, dict) else None
+    states = [s for s in callbacks.values() if isinstance(s, dict) and "best_model_path" in s]
+    # A callback without a metric keeps its newest file under this name.
+    for state in [s for s in states if s.get("monitor")] or states:
+        best = state["best_model_path"]
         for candidate in (Path(best), files[0].parent / Path(best).name) if best else ():
             if candidate.is_file():
                 return candidate
@@ -272,9 +297,9 @@ def run(
     model_class: type[LightningModule],
     datamodule_class: type[LightningDataModule],
     package: str,
-    args: Sequence[str] | None = None,
-    cli_class: type[LitCLI] = LitCLI,
-) -> LitCLI:
+    args: Sequence[str] | None,
+    cli_class: type[CLI],
+) -> CLI:
     """Run a task's command line; errors that are the user's to mend end it with one line and status 2.
 
     `LIT_TRACEBACK=1` shows the traceback as well. A signal ends it with 128 + its number, after `GracefulStop`'s line.

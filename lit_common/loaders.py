@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-__all__ = ["EpochBatches", "IndexLoader", "ResidentData", "ResumableLoader", "quiet_worker"]
+__all__ = [
+    "EpochBatches",
+    "IndexLoader",
+    "ResidentData",
+    "ResumableLoader",
+    "epoch_batches",
+    "quiet_worker",
+    "worker_loader",
+]
 
 
 class ResidentData(Protocol):
@@ -84,6 +93,19 @@ class EpochBatches(DistributedSampler):
             yield order[i * self.batch_size : (i + 1) * self.batch_size], self.batch_seed(i)
 
 
+def epoch_batches(trainer: Trainer | None, length: int, batch_size: int, **options: Any) -> EpochBatches:
+    """This process's part of an epoch; without a Trainer there is one process.
+
+    Args:
+        trainer: Knows the processes.
+        length: Number of samples.
+        batch_size: Samples per batch and process.
+        options: Of `EpochBatches`.
+    """
+    rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+    return EpochBatches(length, batch_size, rank=rank, world=world, **options)
+
+
 class IndexLoader:
     """A loader without workers: a batch is an index into tensors that lie on the device already.
 
@@ -142,6 +164,33 @@ class ResumableLoader(DataLoader):
         sampler = self.sampler
         assert isinstance(sampler, EpochBatches)
         sampler.start = state["position"]
+
+
+def worker_loader(
+    data: Dataset, sampler: EpochBatches, options: Mapping[str, Any], begin: Callable[[], int] | None = None
+) -> ResumableLoader:
+    """Whole batches from worker processes.
+
+    Args:
+        data: Makes a batch of each item of the sampler.
+        sampler: The order.
+        options: `num_workers`, `prefetch_factor`, `persistent_workers` and `pin_memory`, as data modules have them;
+            those that make no sense without workers or a GPU are left out there.
+        begin: Batches of the epoch that are done already.
+    """
+    workers = options["num_workers"]
+    loader = ResumableLoader(
+        data,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=options["prefetch_factor"] if workers else None,
+        persistent_workers=bool(options["persistent_workers"] and workers),
+        pin_memory=bool(options["pin_memory"] and torch.cuda.is_available()),
+        worker_init_fn=quiet_worker,
+    )
+    loader.begin = begin
+    return loader
 
 
 def quiet_worker(_: int) -> None:

@@ -9,13 +9,22 @@ from typing import Literal
 import torch
 from lightning.pytorch import Trainer
 
-__all__ = ["Store", "batches_done", "choose_store", "default_cache_dir", "fits_in_memory", "root_device"]
+__all__ = ["Store", "batches_done", "cache_folder", "choose_store", "fits_in_memory", "root_device"]
 
 Store = Literal["auto", "gpu", "ram", "disk"]
 
 
-def default_cache_dir(task: str) -> Path:
-    """Folder of a task's cache: `$LIT_CACHE`, else the user's cache folder."""
+def cache_folder(wanted: str | None, task: str) -> Path | None:
+    """Folder of a cache: the one that is wanted, `none` for none, by default one per task.
+
+    That is in `$LIT_CACHE`, else in the user's cache folder.
+
+    Example:
+        >>> cache_folder("none", "landmarks"), cache_folder("here", "landmarks").name
+        (None, 'here')
+    """
+    if wanted:
+        return None if wanted == "none" else Path(wanted)
     base = (
         os.environ.get("LIT_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lit-vision-tasks"
@@ -28,8 +37,15 @@ def root_device(trainer: Trainer | None) -> torch.device:
     return trainer.strategy.root_device if trainer is not None else torch.device("cpu")
 
 
-def fits_in_memory(nbytes: int) -> bool:
-    """Whether so many bytes leave half of this machine's memory free."""
+def fits_in_memory(wanted: Store, nbytes: int) -> bool:
+    """Whether to read so many bytes into memory: what a store says, or if they leave half of this machine's free.
+
+    Example:
+        >>> fits_in_memory("disk", 1), fits_in_memory("ram", 10**15), fits_in_memory("auto", 10**15)
+        (False, True, False)
+    """
+    if wanted != "auto":
+        return wanted != "disk"
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 * 2**30
     return nbytes < 0.5 * total
 
@@ -48,7 +64,7 @@ def choose_store(wanted: Store, nbytes: int, device: torch.device) -> Store:
             return "gpu"
     elif nbytes < 4 * 2**30:
         return "gpu"  # without a GPU the device is the RAM, and no worker could be faster than an index
-    return "ram" if fits_in_memory(nbytes) else "disk"
+    return "ram" if fits_in_memory("auto", nbytes) else "disk"
 
 
 def batches_done(trainer: Trainer | None) -> int:

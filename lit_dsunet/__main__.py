@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before anything imports albumentations
 
-from lightning.pytorch.cli import LightningArgumentParser
 from lit_callbacks import PredictionLogger
 
 from lit_cli.cli import LitCLI, one_line, run
@@ -20,11 +20,7 @@ from lit_dsunet.predict import SegmentationWriter
 class VolumeCLI(LitCLI):
     """The shared command line with the groups `plots` and `predictions`."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the task's own callbacks as groups, so that two config files can each set one key."""
-        super().add_arguments_to_parser(parser)
-        parser.add_lightning_class_args(PredictionLogger, "plots")
-        parser.add_lightning_class_args(SegmentationWriter, "predictions")
+    groups: ClassVar = {"plots": PredictionLogger, "predictions": SegmentationWriter}
 
 
 def main(args: Sequence[str] | None = None) -> VolumeCLI:
@@ -36,9 +32,7 @@ def main(args: Sequence[str] | None = None) -> VolumeCLI:
     Returns:
         The finished command line: its `trainer`, `model` and `datamodule` can be used further.
     """
-    cli = run(LitDSUNet, VolumeData, "lit_dsunet", args, VolumeCLI)
-    assert isinstance(cli, VolumeCLI)
-    return cli
+    return run(LitDSUNet, VolumeData, "lit_dsunet", args, VolumeCLI)
 
 
 def console() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,8 +14,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_cli.errors import InputError
-from lit_common.loaders import EpochBatches, IndexLoader, ResumableLoader, quiet_worker
-from lit_common.store import Store, batches_done, choose_store, default_cache_dir, fits_in_memory, root_device
+from lit_common.loaders import EpochBatches, IndexLoader, ResumableLoader, epoch_batches, worker_loader
+from lit_common.store import Store, batches_done, cache_folder, choose_store, fits_in_memory, root_device
+from lit_common.validation import without_validation
 from lit_dsunet.augment import AlbumentationsVolume, VolumeAugmentation, augment_batch
 from lit_dsunet.loaders import CaseLoader, PatchBatch, PatchDataset, ResidentPatches, to_device, whole_slices
 from lit_dsunet.nifti import read_volume
@@ -48,7 +49,7 @@ class VolumeData(LightningDataModule):
         patches_per_volume: Patches of each volume per epoch.
         steps_per_epoch: Steps of an epoch, in place of `patches_per_volume`.
         foreground: Share of a batch's patches that are centred on a foreground voxel.
-        fold: Fold that is held out of the training cases; null trains on all of them.
+        fold: Fold that is held out of the training cases; null trains on all of them, without validation.
         n_folds: Folds that are made where neither the data set nor `folds_file` has some.
         folds_file: Folds in the form of nnU-Net's splits_final.json.
         test_split: Cases of `test`; `auto` is the data set's test split, or the held-out fold.
@@ -69,6 +70,7 @@ class VolumeData(LightningDataModule):
         synthetic_train: Cases drawn by `format: synthetic`.
         synthetic_test: Of these, beside the training cases.
         synthetic_size: Voxels along D, H, W of drawn volumes.
+        synthetic_seed: Of the drawing: another `seed` divides and orders the same volumes in another way.
         seed: Of folds, order, patches and augmentation.
 
     Raises:
@@ -112,6 +114,7 @@ class VolumeData(LightningDataModule):
         synthetic_train: int = 24,
         synthetic_test: int = 6,
         synthetic_size: list[int] | tuple[int, int, int] = (48, 48, 48),
+        synthetic_seed: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -144,6 +147,7 @@ class VolumeData(LightningDataModule):
         self._cases: dict[str, list[Case]] = {}
         self._samples: dict[str, list[VolumeSample]] = {}
         self._on_device: dict[str, Resident] = {}
+        self._during_fit = ExitStack()
 
     # ---- what the module asks ------------------------------------------------------------------------------------
 
@@ -153,9 +157,11 @@ class VolumeData(LightningDataModule):
         if self._table is None:
             h = self.hparams
             if h["format"] == "synthetic":
-                size = _triple("synthetic_size", h["synthetic_size"])
                 self._synthetic = SyntheticVolumes(
-                    num_train=h["synthetic_train"], num_test=h["synthetic_test"], shape=size, seed=h["seed"]
+                    num_train=h["synthetic_train"],
+                    num_test=h["synthetic_test"],
+                    shape=_triple("synthetic_size", h["synthetic_size"]),
+                    seed=h["synthetic_seed"],
                 )
                 self._table = self._synthetic.read()
             elif h["root"] is None:
@@ -203,11 +209,14 @@ class VolumeData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read, check and preprocess the splits of a stage, so that bad data ends the run before it starts."""
+        self._during_fit.close()  # a fit that failed had no teardown
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
         for split in wanted:
             self.cases(split)
         if stage != "fit" and not self.cases(wanted[0]):
             raise InputError(f"data: no volumes to {stage} on (data.fold is {self.hparams['fold']})")
+        if stage == "fit" and self.trainer is not None and not self.cases("val"):
+            self._during_fit.enter_context(without_validation(self.trainer))
 
     def train_dataloader(self) -> Any:
         """Batches of patches, in an order that depends on the seed and the epoch alone."""
@@ -216,7 +225,7 @@ class VolumeData(LightningDataModule):
             raise InputError("data: no training volumes are left beside the held-out fold")
         count = len(cases) * h["patches_per_volume"]
         if h["steps_per_epoch"] is not None:
-            count = h["steps_per_epoch"] * h["batch_size"] * self._world
+            count = h["steps_per_epoch"] * h["batch_size"] * (self.trainer.world_size if self.trainer else 1)
         sampler = self._batches(count, min(h["batch_size"], count), shuffle=True, drop_last=h["drop_last"])
         return self._patch_loader("train", sampler, partial(batches_done, self.trainer), self._transform())
 
@@ -263,14 +272,11 @@ class VolumeData(LightningDataModule):
         return to_device(batch, device)
 
     def teardown(self, stage: str) -> None:
-        """Release the device memory of the resident volumes."""
+        """Release the device memory of the resident volumes, and the Trainer."""
         self._on_device.clear()
+        self._during_fit.close()
 
     # ---- inside --------------------------------------------------------------------------------------------------
-
-    @property
-    def _world(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
 
     @property
     def _depth(self) -> Triple:
@@ -279,16 +285,8 @@ class VolumeData(LightningDataModule):
         return (self.hparams["slices"] if d == 1 else d, h, w)
 
     def _batches(self, count: int, size: int, *, shuffle: bool, drop_last: bool) -> EpochBatches:
-        rank = self.trainer.global_rank if self.trainer is not None else 0
-        return EpochBatches(
-            count,
-            size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            seed=self.hparams["seed"],
-            rank=rank,
-            world=self._world,
-        )
+        seed = self.hparams["seed"]
+        return epoch_batches(self.trainer, count, size, shuffle=shuffle, drop_last=drop_last, seed=seed)
 
     def _transform(self) -> AlbumentationsVolume | None:
         if self._augment is None or self.hparams["augment_on"] == "device":
@@ -298,25 +296,16 @@ class VolumeData(LightningDataModule):
             symmetry=a.mirror, rotation=a.rotation, scale=a.scale, affine_p=a.rotation_p, gamma=a.gamma, blur=a.blur
         )
 
-    def _patch_loader(self, split: str, sampler: EpochBatches, begin: Any, transform: Any) -> Any:
-        cases, h = self.cases(split), self.hparams
+    def _patch_loader(
+        self, split: str, sampler: EpochBatches, begin: Any, transform: Any
+    ) -> IndexLoader | ResumableLoader:
+        cases = self.cases(split)
         # Validation patches are drawn blindly: ground truth must not choose what is looked at.
-        patches = PatchSampler(cases, self._depth, h["foreground"] if split == "train" else 0.0)
+        patches = PatchSampler(cases, self._depth, self.hparams["foreground"] if split == "train" else 0.0)
         if transform is None and (resident := self._resident(split)) is not None:
             return IndexLoader(ResidentPatches(resident, patches, self._depth, sampler.length), sampler, begin)
-        workers: int = h["num_workers"]
-        loader = ResumableLoader(
-            PatchDataset(cases, patches, self._depth, sampler.length, transform),
-            sampler=sampler,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=h["prefetch_factor"] if workers else None,
-            persistent_workers=bool(h["persistent_workers"] and workers),
-            pin_memory=bool(h["pin_memory"] and torch.cuda.is_available()),
-            worker_init_fn=quiet_worker,
-        )
-        loader.begin = begin
-        return loader
+        data = PatchDataset(cases, patches, self._depth, sampler.length, transform)
+        return worker_loader(data, sampler, self.hparams, begin)
 
     def _in_order(self, split: str) -> CaseLoader:
         cases = self.cases(split)
@@ -403,11 +392,9 @@ class VolumeData(LightningDataModule):
         if self._synthetic is not None and not (samples and samples[0].images):
             drawn = self._synthetic
             return prepare_cases(samples, self.preprocessing, values, lambda s, _: drawn.volume(s.name), None)
-        cache = h["cache_dir"]
-        folder = None if cache == "none" else Path(cache) if cache else default_cache_dir("dsunet")
         # Twice the files' size, uncompressed, is a safe guess before anything was read.
         size = sum(8 * f.stat().st_size for s in samples for f in s.images if f.exists())
-        in_memory = fits_in_memory(size) if h["store"] == "auto" else h["store"] != "disk"
+        folder, in_memory = cache_folder(h["cache_dir"], "dsunet"), fits_in_memory(h["store"], size)
         return prepare_cases(samples, self.preprocessing, values, read_volume, folder, in_memory=in_memory)
 
 

@@ -21,22 +21,30 @@ Conventions, which change every table:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt
-from scipy.spatial import KDTree
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from lit_cli.errors import InputError
-from lit_dsunet.components import Connectivity, Indices, LesionCounts, Mask, Match, check_masks, foreground, lesions
+from lit_dsunet.case_metric import CaseMetric, as_batch, spacings
+from lit_dsunet.components import Connectivity, LesionCounts, Mask, Match, foreground, lesions
+from lit_dsunet.measures import (
+    Percentile,
+    Spacing,
+    class_counts,
+    dice,
+    dice_from_counts,
+    hd95,
+    lesion_count_difference,
+    millilitres,
+    surface_distance,
+    volume_difference_ml,
+)
 
 __all__ = [
     "CaseDice",
@@ -53,245 +61,7 @@ __all__ = [
     "volume_difference_ml",
 ]
 
-Spacing = Sequence[float] | NDArray[np.floating] | Tensor
-Percentile = Literal["max", "pooled"]
 Unit = Literal["ml", "voxels"]
-
-DENSE = 20  # voxels of a box per surface point below which its distance map is faster than a search tree
-
-
-# One case
-
-
-def class_counts(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Voxels that both masks, the prediction and the target give to each foreground class.
-
-    Args:
-        prediction: (B, ...) class indices, integers or booleans.
-        target: The same shape.
-        num_classes: K, the background counted.
-
-    Returns:
-        (B, 3, K - 1) int64. Does not wait for the device.
-    """
-    # Case by case: on a CPU a sum along dimensions takes ten times as long as a whole count.
-    counts = []
-    for a, b in zip(prediction, target, strict=True):
-        for index in range(1, num_classes):
-            predicted, annotated = a == index, b == index
-            counts += [torch.count_nonzero(mask) for mask in (predicted & annotated, predicted, annotated)]
-    return torch.stack(counts).view(len(prediction), num_classes - 1, 3).transpose(1, 2)
-
-
-def dice_from_counts(counts: Tensor, empty: float = 1.0) -> Tensor:
-    """Dice coefficients from the voxels of `class_counts`.
-
-    Args:
-        counts: (..., 3, K - 1).
-        empty: Value of a class that neither mask has.
-
-    Returns:
-        (..., K - 1) float64.
-    """
-    both, total = counts[..., 0, :].double(), counts[..., 1:, :].sum(-2).double()
-    return torch.where(total > 0, 2 * both / total.clamp_min(1), empty)
-
-
-def dice(prediction: Mask, target: Mask, num_classes: int = 2, empty: float = 1.0) -> Tensor:
-    """Dice coefficient of each foreground class of one case, 2|A∩B| / (|A|+|B|).
-
-    Args:
-        prediction: Class indices of any shape, integers or booleans.
-        target: The same shape.
-        num_classes: K, the background counted.
-        empty: Value of a class that neither mask has, 1 or NaN.
-
-    Returns:
-        (K - 1,) float64, on the device of the prediction.
-
-    Raises:
-        ValueError: For different shapes, or for numbers that are no class indices.
-
-    Example:
-    >>> dice(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 0, 0]), num_classes=4)
-    tensor([0.6667, 0.0000, 1.0000], dtype=torch.float64)
-    """
-    a, b = torch.as_tensor(prediction), torch.as_tensor(target)
-    check_masks(a, b)
-    return dice_from_counts(class_counts(a[None], b[None], num_classes)[0], empty)
-
-
-def hd95(
-    prediction: Mask,
-    target: Mask,
-    spacing: Spacing,
-    convention: Percentile = "max",
-    both_empty: float = math.nan,
-    one_empty: float = math.nan,
-    percentile: float = 95.0,
-) -> float:
-    """Percentile of the distances between the surfaces of two masks.
-
-    Args:
-        prediction: (D, H, W), the object where not zero.
-        target: The same shape.
-        spacing: (3,) mm per voxel along D, H, W.
-        convention: `max` of the percentiles of both directions, or percentile of both directions `pooled`.
-        both_empty: Value where neither mask has an object.
-        one_empty: Value where only one has.
-        percentile: 95, or 100 for the Hausdorff distance itself. Interpolates linearly.
-
-    Returns:
-        Millimetres.
-
-    Raises:
-        InputError: For another convention, or a spacing that is not three positive numbers.
-        ValueError: For different shapes, or for numbers that are no mask.
-
-    Example:
-    >>> a, b = np.zeros((2, 1, 8, 8), dtype=np.uint8)
-    >>> a[0, 2, 2] = b[0, 2, 5] = 1
-    >>> hd95(a, b, spacing=(5.0, 1.0, 2.0))
-    6.0
-    """
-    check_masks(prediction, target)
-    scale = _millimetres(spacing)
-    if convention not in ("max", "pooled"):
-        raise InputError(f"convention: got {convention!r}, expected 'max' or 'pooled'")
-    a, b = foreground(prediction), foreground(target)
-    if not (len(a) and len(b)):
-        return one_empty if len(a) or len(b) else both_empty
-    return _distance(a, b, tuple(target.shape), scale, convention, percentile)
-
-
-def _distance(
-    a: Indices,
-    b: Indices,
-    shape: tuple[int, ...],
-    scale: NDArray[np.float64],
-    convention: Percentile,
-    percentile: float = 95.0,
-) -> float:
-    """`hd95` of two sets of voxels, neither of them empty."""
-    first, second = (_surface(voxels, shape) for voxels in (a, b))
-    distances = [_nearest(first, second, scale), _nearest(second, first, scale)]
-    if convention == "pooled":
-        return float(np.percentile(np.concatenate(distances), percentile))
-    return float(max(np.percentile(one, percentile) for one in distances))
-
-
-def _nearest(points: Indices, surface: Indices, scale: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Millimetres from each of the points (N, 3) to the nearest of a surface (M, 3)."""
-    low = np.minimum(points.min(0), surface.min(0))
-    extent = np.maximum(points.max(0), surface.max(0)) - low + 1
-    # Lesions far apart are few points in a large box, which a search tree does not fill; a noisy mask is the contrary.
-    if DENSE * (len(points) + len(surface)) < extent.prod():
-        return KDTree(surface * scale).query(points * scale)[0]
-    away = np.ones(extent, dtype=bool)
-    away[tuple((surface - low).T)] = False
-    return np.asarray(distance_transform_edt(away, sampling=scale))[tuple((points - low).T)]
-
-
-def _surface(voxels: Indices, shape: tuple[int, ...]) -> Indices:
-    """(N, 3) positions of the voxels that have a background voxel at one of their faces."""
-    at = np.stack(np.unravel_index(voxels, shape), 1)
-    low = at.min(0) - 1
-    box = np.zeros(at.max(0) - low + 2, dtype=bool)
-    box[tuple((at - low).T)] = True
-    inner = box[1:-1, 1:-1, 1:-1].copy()
-    for axis in range(3):
-        for side in (slice(None, -2), slice(2, None)):
-            inner &= box[tuple(side if a == axis else slice(1, -1) for a in range(3))]
-    return at[~inner[tuple((at - low - 1).T)]]
-
-
-def volume_difference_ml(prediction: Mask, target: Mask, spacing: Spacing) -> float:
-    """Absolute difference of the volumes of two masks in millilitres; `spacing` is mm along D, H, W.
-
-    >>> volume_difference_ml(np.ones((10, 10, 10), bool), np.zeros((10, 10, 10), bool), (1.0, 1.0, 2.0))
-    2.0
-    """
-    check_masks(prediction, target)
-    return abs(len(foreground(prediction)) - len(foreground(target))) * _millilitres(spacing)
-
-
-def lesion_count_difference(prediction: Mask, target: Mask, connectivity: Connectivity = 26) -> int:
-    """Absolute difference of the numbers of lesions in two masks (D, H, W)."""
-    counts = lesions(prediction, target, connectivity=connectivity)
-    return abs(counts.n_target - counts.n_pred)
-
-
-def _millimetres(spacing: Spacing) -> NDArray[np.float64]:
-    values = spacing.detach().cpu().numpy() if isinstance(spacing, Tensor) else spacing
-    values = np.asarray(values, dtype=np.float64)
-    if values.shape != (3,) or not (np.isfinite(values) & (values > 0)).all():
-        raise InputError(f"spacing: got {values.tolist()}, expected three positive numbers, mm along D, H, W")
-    return values
-
-
-def _millilitres(spacing: Spacing) -> float:
-    return float(np.prod(_millimetres(spacing))) / 1000
-
-
-# An epoch
-
-
-class _CaseMetric(Metric):
-    """Rows of float64 per case, the first column being the number of the case."""
-
-    is_differentiable = False
-    full_state_update = False
-
-    rows: list[Tensor] | Tensor
-
-    def __init__(self, columns: Sequence[str], **kwargs: object) -> None:
-        super().__init__(**kwargs)
-        self.columns = tuple(columns)
-        self.set_dtype(torch.float64)  # also the type that a process without any case takes part with
-        # Flat, since gathering needs equal numbers of dimensions from that process too.
-        self.add_state("rows", default=[], dist_reduce_fx="cat")
-
-    def figures(self, table: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The columns of `per_case` from those of the state."""
-        raise NotImplementedError
-
-    def compute(self) -> dict[str, Tensor]:
-        """Means over the cases as () float64 tensors, NaN where no case has a value."""
-        return {name: torch.nanmean(values) for name, values in self.figures(self._table()).items()}
-
-    def per_case(self) -> dict[str, Tensor]:
-        """(N,) tensors: `case`, int64 and ascending, and each figure of each case. Call it on every process."""
-        with self._synced():
-            table = self._table()
-            return {"case": table["case"].long(), **self.figures(table)}
-
-    def _add(self, cases: int | Sequence[int] | Tensor, rows: Tensor) -> None:
-        """Append (B, columns) float64 under the numbers of their cases."""
-        count = len(rows)
-        if isinstance(cases, Tensor):
-            numbers = cases.reshape(-1).to(self.device, torch.float64)
-        else:  # filled, not copied: a copy to the device would wait for it
-            each = list(cases) if isinstance(cases, Sequence) else [cases]
-            numbers = torch.stack([torch.full((), case, dtype=torch.float64, device=self.device) for case in each])
-        if len(numbers) != count:
-            raise ValueError(f"case_index of {len(numbers)} numbers for {count} cases: expected one each")
-        assert isinstance(self.rows, list)
-        self.rows.append(torch.cat([numbers[:, None], rows.to(self.device)], 1).flatten())
-
-    def _table(self) -> dict[str, Tensor]:
-        """Columns of the states as they are, sorted by case; of a repeated case the first row stays."""
-        width = 1 + len(self.columns)
-        flat = dim_zero_cat(self.rows) if len(self.rows) else torch.zeros(0, dtype=torch.float64, device=self.device)
-        rows = flat.reshape(-1, width)
-        rows = rows[torch.argsort(rows[:, 0], stable=True)]
-        rows = rows[torch.diff(rows[:, 0], prepend=rows.new_full((1,), math.nan)) != 0]
-        return dict(zip(("case", *self.columns), rows.unbind(1), strict=True))
-
-    @contextmanager
-    def _synced(self) -> Iterator[None]:
-        """States of all processes inside, own states afterwards; `compute` alone has that built in."""
-        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync and not self._is_synced):
-            yield
 
 
 def _class_names(num_classes: int, class_names: Sequence[str] | None) -> list[str]:
@@ -305,23 +75,7 @@ def _class_names(num_classes: int, class_names: Sequence[str] | None) -> list[st
     return names[1:]
 
 
-def _batch(prediction: Mask, target: Mask) -> tuple[Mask, Mask]:
-    """Both as (B, D, H, W)."""
-    check_masks(prediction, target)
-    if prediction.ndim not in (3, 4):
-        raise ValueError(f"prediction of shape {tuple(prediction.shape)}: expected (D, H, W) or (B, D, H, W)")
-    return (prediction[None], target[None]) if prediction.ndim == 3 else (prediction, target)
-
-
-def _spacings(spacing: Spacing, count: int) -> Iterator[NDArray[np.float64]]:
-    """One spacing per case, from (3,) or (B, 3)."""
-    values = np.asarray(spacing.detach().cpu() if isinstance(spacing, Tensor) else spacing, dtype=np.float64)
-    if values.ndim == 2 and len(values) != count:
-        raise ValueError(f"spacing of shape {values.shape} for {count} cases: expected (3,) or ({count}, 3)")
-    return (_millimetres(values if values.ndim < 2 else values[case]) for case in range(count))
-
-
-class CaseDice(_CaseMetric):
+class CaseDice(CaseMetric):
     """Dice per case and class; the mean of the foreground classes of a case is its `dice`.
 
     Args:
@@ -366,7 +120,7 @@ class CaseDice(_CaseMetric):
             spacing: Not used; the three metrics take the same arguments.
             case_index: Number of each case in the data set. Of a number that comes again the first case counts.
         """
-        a, b = _batch(prediction, target)
+        a, b = as_batch(prediction, target)
         assert isinstance(a, Tensor)
         assert isinstance(b, Tensor)
         self._add(case_index, class_counts(a, b, self.num_classes).flatten(1).double())
@@ -379,7 +133,7 @@ class CaseDice(_CaseMetric):
         return {"dice": torch.nanmean(values, 1), **each}
 
 
-class CaseHD95(_CaseMetric):
+class CaseHD95(CaseMetric):
     """HD95 per case and class in millimetres; computed on the host.
 
     A mean that leaves out the cases without a distance flatters whoever predicts nothing, so `hd95_defined` says for
@@ -434,16 +188,16 @@ class CaseHD95(_CaseMetric):
             spacing: (3,) or (B, 3) mm per voxel along D, H, W.
             case_index: Number of each case in the data set. Of a number that comes again the first case counts.
         """
-        a, b = _batch(prediction, target)
+        a, b = as_batch(prediction, target)
         shape = tuple(a.shape[1:])
         rows = []
-        for case, scale in enumerate(_spacings(spacing, len(a))):
+        for case, scale in enumerate(spacings(spacing, len(a))):
             distances, present = [], []
             for index in range(1, len(self.names) + 1):
                 voxels = foreground(a[case] == index), foreground(b[case] == index)
                 present.append(float(sum(len(found) > 0 for found in voxels)))
                 both = present[-1] == 2
-                distances.append(_distance(*voxels, shape, scale, self.convention) if both else math.nan)
+                distances.append(surface_distance(*voxels, shape, scale, self.convention) if both else math.nan)
             rows.append(distances + present)
         self._add(case_index, torch.tensor(rows, dtype=torch.float64))
 
@@ -468,7 +222,7 @@ def stratum_names(edges: Sequence[float], unit: Unit = "ml") -> list[str]:
     return [f"lt{edges[0]:g}{unit}", *middle, f"ge{edges[-1]:g}{unit}"]
 
 
-class LesionMetrics(_CaseMetric):
+class LesionMetrics(CaseMetric):
     """Lesion-wise F1, precision and recall, differences of volume and count, recall by size; computed on the host.
 
     Each figure is the mean over the cases; those that end in `_pooled` treat the lesions of all cases as one.
@@ -538,16 +292,16 @@ class LesionMetrics(_CaseMetric):
             spacing: (3,) or (B, 3) mm per voxel along D, H, W.
             case_index: Number of each case in the data set. Of a number that comes again the first case counts.
         """
-        a, b = _batch(prediction, target)
+        a, b = as_batch(prediction, target)
         if self.label is not None:
             a, b = a == self.label, b == self.label
         # One after the other: threads did not shorten it, the many small calls hold the interpreter.
-        rows = [self._row(a[case], b[case], scale) for case, scale in enumerate(_spacings(spacing, len(a)))]
+        rows = [self._row(a[case], b[case], scale) for case, scale in enumerate(spacings(spacing, len(a)))]
         self._add(case_index, torch.tensor(rows, dtype=torch.float64))
 
     def _row(self, prediction: Mask, target: Mask, spacing: NDArray[np.float64]) -> list[float]:
         counts = lesions(prediction, target, self.match, self.threshold, self.connectivity)
-        voxel_ml = _millilitres(spacing)
+        voxel_ml = millilitres(spacing)
         row = [counts.tp, counts.fp, counts.fn, counts.n_pred, int(counts.sizes.sum()), counts.pred_voxels, voxel_ml]
         if not self.strata:
             return row

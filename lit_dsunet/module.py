@@ -160,6 +160,7 @@ class LitDSUNet(LightningModule):
         self.metrics = nn.ModuleDict()  # filled with the stages that run; holds no weights
         self.full_validation = True  # set by a ValidationSchedule with `cheap: module`
         self._graph: GraphedStep | None = None
+        self._compiled = False
         self._members: list[LitDSUNet] = []  # a list of modules is not registered: members stay out of checkpoints
 
     # ---- building ------------------------------------------------------------------------------------------------
@@ -302,6 +303,7 @@ class LitDSUNet(LightningModule):
             if self.device.type == "cuda":
                 assert self.net is not None
                 self.net.compile()
+                self._compiled = True
             else:
                 rank_zero_info(f"model.compile: ignored, the device is {self.device.type}")
         self._graph = self._make_graph() if self.hparams["cuda_graph"] else None
@@ -375,6 +377,7 @@ class LitDSUNet(LightningModule):
             self._patch,
             overlap=h["overlap"] if full else h["monitor_overlap"],
             batch=h["window_batch"],
+            pad_batches=self._compiled,
             mirror=(h["tta"] or ()) if full else (),
             device=self.device,
             slices=h["slices"],

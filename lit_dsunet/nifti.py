@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from lit_cli.errors import InputError
+from lit_dsunet.files import write_file
 from lit_dsunet.headers import (
     UNREADABLE,
     Header,
@@ -251,13 +250,4 @@ def _write(path: Path, array: NDArray[Any], geometry: Geometry, like: str | Path
     content = nib.Nifti1Image(to_stored(array, geometry), None, header).to_bytes()
     if path.name.endswith(".gz"):
         content = gzip.compress(content, compresslevel=6 if array.dtype.kind in "iu" else 1, mtime=0)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write this file ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):  # it is gone already, or its folder never came to be
-            temporary.unlink()
+    write_file(path, content)

@@ -81,6 +81,8 @@ class SlidingWindow:
         overlap: Share of a window that the next one covers again.
         weight: Of the voxels of a window in the average.
         batch: Windows per forward pass.
+        pad_batches: Fill a last, smaller batch with copies of its last window, whose logits are dropped. A compiled
+            network then never meets a second batch size, for which it would be compiled again; others lose by it.
         mirror: Axes (0 to 2 for D, H, W) of test-time mirroring; all their combinations are averaged.
         device: Where the network is.
         memory: Bytes that volumes and accumulators may take on the device; by default half of what is free there.
@@ -97,6 +99,7 @@ class SlidingWindow:
         overlap: float = 0.5,
         weight: WindowWeight = "gaussian",
         batch: int = 4,
+        pad_batches: bool = False,
         mirror: Sequence[int] = (),
         device: torch.device | str = "cpu",
         memory: int | None = None,
@@ -107,6 +110,7 @@ class SlidingWindow:
         if slices > 1 and patch[0] != 1:
             raise ValueError(f"sliding window: {slices} slices as channels need a patch of one slice, got {patch}")
         self.patch, self.overlap, self.weight, self.batch = patch, overlap, weight, batch
+        self.pad_batches = pad_batches
         self.mirror = mirror_axes(sorted(set(mirror)))
         self.device = torch.device(device)
         self.memory, self.slices = memory, slices
@@ -263,10 +267,11 @@ class SlidingWindow:
         """Batches of windows with their logits, mirrored back and averaged over their mirrored copies' number."""
         for i in range(0, len(windows), self.batch):
             part = windows[i : i + self.batch]
-            images = torch.stack([self._cut(volumes[w.volume], w) for w in part])
+            missing = self.batch - len(part) if self.pad_batches else 0
+            images = torch.stack([self._cut(volumes[w.volume], w) for w in [*part, *[part[-1]] * missing]])
             if self.patch[0] == 1:
                 images = images.flatten(1, 2)  # slices become channels
-            logits = network(images).float()
+            logits = network(images)[: len(part)].float()
             if self.patch[0] == 1:
                 logits = logits.unsqueeze(2)
             if len(self.mirror) > 1:

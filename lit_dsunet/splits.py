@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import random
 import statistics
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lit_cli.errors import InputError
+from lit_dsunet.files import create_file, read_json
 from lit_dsunet.samples import VolumeSample
 
 __all__ = ["check_folds", "load_folds", "make_folds", "write_folds"]
@@ -123,24 +121,8 @@ def write_folds(path: str | Path, folds: Sequence[Sequence[str]], meta: Mapping[
         for held_out in map(set, folds)
     ]
     text = "[\n" + ",\n".join(json.dumps(entry, sort_keys=True) for entry in content) + "\n]\n"
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        try:
-            os.link(temporary, path)  # whole, and only if there is none: the first of several processes wins
-        except FileExistsError:
-            _compare(path, json.loads(text))
-        except OSError:  # a file system without hard links
-            if path.exists():
-                _compare(path, json.loads(text))
-            else:
-                temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write this file ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):  # it is gone already, or its folder never came to be
-            temporary.unlink()
+    if not create_file(path, text):
+        _compare(path, json.loads(text))
 
 
 def load_folds(path: str | Path, samples: Sequence[VolumeSample], complete: bool = True) -> list[list[str]]:
@@ -217,12 +199,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot read this file ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())}, expected json") from None
+    content = read_json(path)
     if not isinstance(content, list) or not content:
         raise InputError(f'{path}: no list of folds, expected [{{"train": [...], "val": [...]}}, ...]')
     for i, entry in enumerate(content):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import ClassVar
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before anything imports albumentations
-
-from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_cli.cli import LitCLI, run
 from lit_landmarks.data import LandmarkData
@@ -19,11 +18,7 @@ from lit_landmarks.predict import PredictionWriter
 class LandmarkCLI(LitCLI):
     """The shared command line with the groups `plots` and `predictions`."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the task's own callbacks as groups, so that two config files can each set one key."""
-        super().add_arguments_to_parser(parser)
-        parser.add_lightning_class_args(LandmarkPlots, "plots")
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
+    groups: ClassVar = {"plots": LandmarkPlots, "predictions": PredictionWriter}
 
 
 def main(args: Sequence[str] | None = None) -> LandmarkCLI:
@@ -35,9 +30,7 @@ def main(args: Sequence[str] | None = None) -> LandmarkCLI:
     Returns:
         The finished command line: its `trainer`, `model` and `datamodule` can be used further.
     """
-    cli = run(LitLandmarks, LandmarkData, "lit_landmarks", args, LandmarkCLI)
-    assert isinstance(cli, LandmarkCLI)
-    return cli
+    return run(LitLandmarks, LandmarkData, "lit_landmarks", args, LandmarkCLI)
 
 
 def console() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_cli.errors import InputError
-from lit_common.loaders import EpochBatches, IndexLoader, ResumableLoader, quiet_worker
-from lit_common.store import Store, batches_done, choose_store, default_cache_dir, fits_in_memory, root_device
+from lit_common.loaders import IndexLoader, ResumableLoader, epoch_batches, worker_loader
+from lit_common.store import Store, batches_done, cache_folder, choose_store, fits_in_memory, root_device
+from lit_common.validation import without_validation
 from lit_landmarks.augment import AlbumentationsAugment, Augmentation, augment_batch
 from lit_landmarks.loaders import BatchDataset, LandmarkBatch, Resident
 from lit_landmarks.readers import make_reader
@@ -118,6 +120,7 @@ class LandmarkData(LightningDataModule):
         self._table: LandmarkTable | None = None
         self._prepared: dict[str, Prepared] = {}
         self._on_device: dict[tuple[str, torch.device], Resident] = {}
+        self._during_fit = ExitStack()
 
     # ---- what the module asks ------------------------------------------------------------------------------------
 
@@ -155,6 +158,7 @@ class LandmarkData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read, check and decode the splits of a stage, so that bad data ends the run before it starts."""
+        self._during_fit.close()  # a fit that failed had no teardown
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
         if self._augment is not None and stage == "fit":
             try:
@@ -165,39 +169,21 @@ class LandmarkData(LightningDataModule):
             self._get(split)
         if stage in ("validate", "test") and not len(self._get(wanted[0])):
             raise InputError(f"data: no images to {stage} on (data.holdout is {self.hparams['holdout']})")
+        if stage == "fit" and self.trainer is not None and not len(self._get("val")):
+            self._during_fit.enter_context(without_validation(self.trainer))
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> IndexLoader | ResumableLoader:
         """Batches of the training split, in an order that depends on the seed and the epoch alone."""
-        split = self._get("train")
+        h, split = self.hparams, self._get("train")
         if len(split) < 1:
             raise InputError("data: no training images are left after the hold-out")
-        sampler = EpochBatches(
-            len(split),
-            min(self.batch_size, len(split)),
-            seed=self.hparams["seed"],
-            shuffle=True,
-            drop_last=self.hparams["drop_last"],
-            rank=self._rank,
-            world=self._world,
-        )
-        store = self._resolve_store(split)
-        if store == "gpu" and self.hparams["augment_on"] == "device":
-            return IndexLoader(self._resident("train"), sampler, partial(batches_done, self.trainer))
-        workers: int = self.hparams["num_workers"]
-        on_cpu = self._augment is not None and self.hparams["augment_on"] == "cpu"
+        size, begin = min(self.batch_size, len(split)), partial(batches_done, self.trainer)
+        sampler = epoch_batches(self.trainer, len(split), size, seed=h["seed"], shuffle=True, drop_last=h["drop_last"])
+        if self._resolve_store(split) == "gpu" and h["augment_on"] == "device":
+            return IndexLoader(self._resident("train"), sampler, begin)
+        on_cpu = self._augment is not None and h["augment_on"] == "cpu"
         transform = AlbumentationsAugment(self._augment, self.flip_pairs) if on_cpu and self._augment else None
-        loader = ResumableLoader(
-            BatchDataset(split, transform),
-            sampler=sampler,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=self.hparams["prefetch_factor"] if workers else None,
-            persistent_workers=bool(self.hparams["persistent_workers"] and workers),
-            pin_memory=bool(self.hparams["pin_memory"] and torch.cuda.is_available()),
-            worker_init_fn=quiet_worker,
-        )
-        loader.begin = partial(batches_done, self.trainer)
-        return loader
+        return worker_loader(BatchDataset(split, transform), sampler, h, begin)
 
     def val_dataloader(self) -> Any:
         """The hold-out (or the data's own `val` split) in order; none if nothing is held out."""
@@ -227,18 +213,11 @@ class LandmarkData(LightningDataModule):
         return batch._replace(**moved)
 
     def teardown(self, stage: str) -> None:
-        """Release the device memory of the resident splits."""
+        """Release the device memory of the resident splits, and the Trainer."""
         self._on_device.clear()
+        self._during_fit.close()
 
     # ---- inside --------------------------------------------------------------------------------------------------
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer is not None else 0
-
-    @property
-    def _world(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
 
     def _read(self) -> LandmarkTable:
         h = self.hparams
@@ -309,11 +288,10 @@ class LandmarkData(LightningDataModule):
 
     def _get(self, split: str) -> Prepared:
         if split not in self._prepared:
-            cache = self.hparams["cache_dir"]
-            folder = None if cache == "none" else Path(cache) if cache else default_cache_dir("landmarks")
+            folder = cache_folder(self.hparams["cache_dir"], "landmarks")
             samples = self._samples(split)
             size = len(samples) * self.channels * self.image_size[0] * self.image_size[1]
-            in_memory = fits_in_memory(size) if self.hparams["store"] == "auto" else self.hparams["store"] != "disk"
+            in_memory = fits_in_memory(self.hparams["store"], size)
             if any(s.path is None for s in samples):
                 folder = None  # drawn images are cheaper to draw again than to keep
             self._prepared[split] = prepare(samples, self.image_size, self.channels, folder, in_memory=in_memory)
@@ -342,8 +320,7 @@ class LandmarkData(LightningDataModule):
     def _in_order(self, split: str) -> IndexLoader:
         data = self._resident(split)
         size: int = self.hparams["eval_batch_size"] or self.batch_size
-        sampler = EpochBatches(len(data), size, shuffle=False, drop_last=False, rank=self._rank, world=self._world)
-        return IndexLoader(data, sampler)
+        return IndexLoader(data, epoch_batches(self.trainer, len(data), size, shuffle=False, drop_last=False))
 
 
 def _frame(image_size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:

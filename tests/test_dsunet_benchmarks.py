@@ -154,7 +154,7 @@ def test_ways_to_segment_have_keys_of_their_own(script):
     inference = script("dsunet_inference")
     keys = [(way.name, way.tta) for way in inference.ways()]
     assert len(keys) == len(set(keys))
-    wanted = {(batch, p, c) for batch in (1, 4) for p in ("bf16", "fp16") for c in (False, True)}
+    wanted = {(batch, p, False) for batch in (1, 4) for p in ("bf16", "fp16")} | {(4, "fp16", True)}
     assert wanted <= {(w.batch, w.precision, w.compile) for w in inference.ways() if w.tool == "ours"}
     for case in inference.CASES:
         assert all(side % 2 ** (case.stages - 1) == 0 for side in case.window)

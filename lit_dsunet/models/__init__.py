@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import nn
 
+from lit_dsunet.models.channels_last import lay_out
 from lit_dsunet.models.mkdc import MKDC, MKDCNorm
 from lit_dsunet.models.r3d18 import R3D18UNet
 from lit_dsunet.models.unet import Size, UNet
@@ -62,37 +62,42 @@ def build_network(
         return MKDC(channels, mkdc_kernels, dims=dims, norm=mkdc_norm, residual=mkdc_residual, fused=mkdc_fused)
 
     on_skips = block if mkdc == "skips" else None
-    form = torch.channels_last_3d if dims == 3 else torch.channels_last
+
+    def laid_out(network: nn.Module) -> nn.Module:
+        return lay_out(network, dims) if channels_last else network
+
     if arch == "smp":
         from lit_dsunet.models.smp2d import SliceNet  # its import costs seconds
 
         if dims != 2 or mkdc != "off":
             raise ValueError(f"model.arch smp: expected dims 2 and mkdc off, got dims {dims} and mkdc {mkdc}")
-        slices = SliceNet(
-            in_channels=in_channels,
-            num_classes=num_classes,
-            encoder=encoder,
-            decoder=decoder,
-            pretrained=pretrained,
-            deep_supervision=deep_supervision,
+        return laid_out(
+            SliceNet(
+                in_channels=in_channels,
+                num_classes=num_classes,
+                encoder=encoder,
+                decoder=decoder,
+                pretrained=pretrained,
+                deep_supervision=deep_supervision,
+            )
         )
-        return slices.to(memory_format=form) if channels_last else slices  # type: ignore[call-overload]
     if pretrained:
         raise ValueError(f"model.pretrained: only arch smp has pretrained encoders, got arch {arch}")
     if arch == "r3d18_unet":
         if dims != 3 or mkdc == "decoder" or gradient_checkpointing:
             raise ValueError("model.arch r3d18_unet: expected dims 3, mkdc off or skips, no gradient_checkpointing")
-        guide = R3D18UNet(
-            in_channels=in_channels,
-            num_classes=num_classes,
-            deep_supervision=deep_supervision,
-            skip_module=on_skips,
+        return laid_out(
+            R3D18UNet(
+                in_channels=in_channels,
+                num_classes=num_classes,
+                deep_supervision=deep_supervision,
+                skip_module=on_skips,
+            )
         )
-        return guide.to(memory_format=form) if channels_last else guide  # type: ignore[call-overload]
     stages = len(strides)
     residual = arch == "resenc"
     blocks = RESIDUAL_BLOCKS[:stages] + (6,) * (stages - len(RESIDUAL_BLOCKS)) if residual else (2,) * stages
-    return UNet(
+    unet = UNet(
         in_channels=in_channels,
         num_classes=num_classes,
         features=features if features is not None else default_features(stages, dims),
@@ -106,5 +111,5 @@ def build_network(
         skip_module=on_skips,
         decoder_module=block if mkdc == "decoder" else None,
         checkpointing=gradient_checkpointing,
-        channels_last=channels_last,
     )
+    return laid_out(unet)

@@ -29,6 +29,8 @@ __all__ = [
     "conv",
     "depthwise_branches",
     "instance_norm_act",
+    "join",
+    "lay_out",
     "logits",
     "remade",
     "upsample",
@@ -45,6 +47,22 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's way to run 
 def usable(x: Tensor) -> bool:
     """Whether the kernels run on this tensor's device; not while compiling, where the compiler writes its own."""
     return _HAS_TRITON and (x.is_cuda or _INTERPRETED) and not torch.compiler.is_compiling()
+
+
+def lay_out(network: nn.Module, dims: int) -> nn.Module:
+    """Put a network's weights channels last, and let its modules that know of it (`channels_last`) use all this."""
+    network.to(memory_format=torch.channels_last_3d if dims == 3 else torch.channels_last)  # type: ignore[call-overload]
+    for module in network.modules():
+        if hasattr(module, "channels_last"):
+            module.channels_last = True  # type: ignore[assignment]
+    return network
+
+
+def join(x: Tensor, up: nn.Module, skip: Tensor, *, channels_last: bool) -> Tensor:
+    """Up-sample a map by a transposed convolution and put a skip behind it."""
+    if not channels_last or not usable(x):
+        return torch.cat((up(x), skip), dim=1)
+    return concatenate(upsample(x, up), skip, up.bias)  # type: ignore[arg-type]
 
 
 def _form(x: Tensor) -> torch.memory_format:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_dsunet.models import channels_last as cl
 from lit_dsunet.models.heads import Heads
 from lit_dsunet.models.unet import SkipModule
 
@@ -87,12 +88,15 @@ class R3D18UNet(nn.Module):
         self.heads = Heads(DECODER, num_classes, 3, deep_supervision)
         # Last, so that networks with and without them begin with the same weights for the same seed.
         self.skips = nn.ModuleList(skip_module(c) if skip_module else nn.Identity() for c in skips)
+        self.channels_last = False
         self.stride = (32, 32, 32)
         self.head_strides = [(1, 1, 1), (4, 4, 4), (8, 8, 8), (16, 16, 16)]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits, as of `UNet.forward`."""
         size = x.shape[2:]
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last_3d)
         x = self.stem(x)
         features = [x]
         x = self.pool(x)
@@ -101,7 +105,8 @@ class R3D18UNet(nn.Module):
             features.append(x)
         maps = []
         for i, (skip, up, stage) in enumerate(zip(self.skips, self.ups, self.decoder, strict=True), start=2):
-            x = stage(torch.cat((up(x), skip(features[-i])), dim=1))
+            x = cl.join(x, up, skip(features[-i]), channels_last=self.channels_last)
+            x = stage(x)
             maps.append(x)
         out = self.heads(maps)
         if isinstance(out, list):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lit_dsunet.models import channels_last as cl
 from lit_dsunet.models.heads import Heads
-from lit_dsunet.models.mkdc import MKDC
 
 __all__ = ["ConvNormAct", "ResidualBlock", "UNet", "per_axis"]
 
@@ -123,8 +122,6 @@ class UNet(nn.Module):
         skip_module: Makes a module for a skip of so many channels, such as MKDC.
         decoder_module: The same after each decoder stage.
         checkpointing: Recompute the stages' activations in the backward pass.
-        channels_last: Keep the channels of a voxel together in memory (NDHWC), with kernels of our own between the
-            convolutions where a GPU is there. The same function of the same weights.
 
     Attributes:
         stride: Product of the strides per axis: what a patch size must be a multiple of.
@@ -154,7 +151,6 @@ class UNet(nn.Module):
         skip_module: SkipModule | None = None,
         decoder_module: SkipModule | None = None,
         checkpointing: bool = False,
-        channels_last: bool = False,
     ) -> None:
         super().__init__()
         n = len(features)
@@ -195,12 +191,7 @@ class UNet(nn.Module):
         # Last, so that networks with and without them begin with the same weights for the same seed.
         self.skips = nn.ModuleList(skip_module(w) if skip_module else nn.Identity() for w in widths)
         self.after = nn.ModuleList(decoder_module(w) if decoder_module else nn.Identity() for w in widths)
-        self.channels_last = channels_last
-        if channels_last:
-            self.to(memory_format=torch.channels_last_3d if dims == 3 else torch.channels_last)  # type: ignore[call-overload]
-            for module in self.modules():
-                if isinstance(module, (ConvNormAct, Heads, MKDC)):
-                    module.channels_last = True
+        self.channels_last = False
         self.head_strides = [tuple(math.prod(axis) for axis in zip(*steps[: i + 1], strict=True)) for i in range(n - 1)]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -221,11 +212,7 @@ class UNet(nn.Module):
         for i, (skip, up, stage, after) in enumerate(
             zip(self.skips, self.ups, self.decoder, self.after, strict=True), start=2
         ):
-            skipped = skip(features[-i])
-            if self.channels_last and cl.usable(x):
-                x = cl.concatenate(cl.upsample(x, up), skipped, up.bias)  # type: ignore[arg-type]
-            else:
-                x = torch.cat((up(x), skipped), dim=1)
+            x = cl.join(x, up, skip(features[-i]), channels_last=self.channels_last)
             x = after(self._run(stage, x))
             maps.append(x)
         return self.heads(maps)

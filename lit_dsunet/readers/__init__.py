@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from lit_cli.errors import InputError
+from lit_dsunet.files import read_json
 from lit_dsunet.readers.bids import AtlasV2, Isles22, Isles24
 from lit_dsunet.readers.dataset_json import Msd, NnUNet
 from lit_dsunet.readers.folders import FolderPairs, find_volumes, pair_folders
-from lit_dsunet.readers.shared import existing_folder, read_json, split_channel, stem_of
+from lit_dsunet.readers.shared import existing_folder, split_channel, stem_of
 from lit_dsunet.readers.tables import CaseList, list_files
 from lit_dsunet.samples import VolumeTable
 

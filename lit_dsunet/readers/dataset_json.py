@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_cli.errors import InputError
+from lit_dsunet.files import read_json
 from lit_dsunet.readers.shared import (
     classes_of_json,
     existing_folder,
@@ -15,7 +16,6 @@ from lit_dsunet.readers.shared import (
     name_list,
     nifti_files,
     pair,
-    read_json,
     stem_of,
 )
 from lit_dsunet.samples import VolumeSample, VolumeTable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,6 @@ __all__ = [
     "name_list",
     "nifti_files",
     "pair",
-    "read_json",
     "split_channel",
     "stem_of",
 ]
@@ -77,18 +75,6 @@ def nifti_files(folder: Path, endings: tuple[str, ...] = (".nii.gz", ".nii"), sk
     if not files:
         raise InputError(f"{folder}: no {' or '.join(endings)} file, expected one per case")
     return files
-
-
-def read_json(path: Path) -> Any:
-    """The content of a json file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot read this file ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: no text, expected UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: {error.msg}, expected json") from None
 
 
 def name_list(names: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_cli.errors import InputError
+from lit_dsunet.files import read_json
 from lit_dsunet.readers.shared import (
     BINARY,
     classes_of,
@@ -18,7 +19,6 @@ from lit_dsunet.readers.shared import (
     existing_folder,
     make_table,
     name_list,
-    read_json,
     stem_of,
 )
 from lit_dsunet.samples import VolumeSample, VolumeTable

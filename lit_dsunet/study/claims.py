@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 from types import TracebackType
 
-from lit_dsunet.study.files import create_json, read_json, write_json
+from lit_dsunet.files import create_json, read_json, write_json
 
 __all__ = ["Claim"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from lit_cli.errors import InputError
+from lit_dsunet.files import read_json
 from lit_dsunet.study.arms import Arms, LrRule, batch_arms, guide_arms, read_arms, steps_of_an_epoch
-from lit_dsunet.study.files import read_json
 from lit_dsunet.study.launch import Launcher, launch
 from lit_dsunet.study.plan import Run, Study, new_study, open_study, write_splits
 from lit_dsunet.study.report import make_report

@@ -17,8 +17,8 @@ from typing import Any
 
 from lit_cli.errors import InputError
 from lit_cli.profiles import find_profile
+from lit_dsunet.files import create_json, read_json, write_json
 from lit_dsunet.study.arms import Arms, option
-from lit_dsunet.study.files import create_json, read_json, write_json
 
 __all__ = [
     "Run",
@@ -131,12 +131,11 @@ class Study:
 
     def arguments(self, run: Run) -> list[str]:
         """Command line of the fit of a run."""
-        drawn = self.config.get("data.format") == "synthetic"  # where this seed draws the volumes too
         own = {
             "seed_everything": run.seed,
             "data.fold": run.fold,
             "data.folds_file": str(self.splits),
-            "data.seed": self.config["data.seed"] if drawn else run.seed,
+            "data.seed": run.seed,
             "trainer.default_root_dir": str(self.path(run)),
         }
         options = {**self.arms.options[run.arm], **own}

@@ -15,8 +15,8 @@ from torch import nn
 
 from lit_cli.errors import InputError
 from lit_common.loaders import EpochBatches
+from lit_dsunet.files import read_json, write_json
 from lit_dsunet.study.claims import Claim
-from lit_dsunet.study.files import read_json, write_json
 
 __all__ = ["Recorder", "common_digest", "order_digest", "patch_gflops", "tensor_digests"]
 

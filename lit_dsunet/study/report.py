@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_cli.errors import InputError
+from lit_dsunet.files import write_file, write_json
 from lit_dsunet.statistics import Comparison, compare, contrast, judge, sentence
-from lit_dsunet.study.files import write_json, write_text
 from lit_dsunet.study.page import Figure, markdown
 from lit_dsunet.study.plan import Study
 from lit_dsunet.study.tables import Tables, collect
@@ -183,6 +183,6 @@ def make_report(study: Study, smallest: float = 0.5, draws: int = 10_000, title:
     tables = collect(study)
     report = summarise(tables, study, smallest, draws)
     write_json(study.folder / "report.json", report)
-    write_text(study.folder / "report.md", markdown(report, title))
+    write_file(study.folder / "report.md", markdown(report, title))
     draw(report, Path(study.folder / "plot.png"))
     return report

@@ -28,8 +28,8 @@ from lit_callbacks import (
 )
 
 from lit_cli.cli import QUIET
+from lit_dsunet.files import read_json, write_json
 from lit_dsunet.study.claims import Claim
-from lit_dsunet.study.files import read_json, write_json
 from lit_dsunet.study.plan import Run, Study, code_digest, quiet_lightning
 from lit_dsunet.study.recorder import INITIAL, Recorder, patch_gflops
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_cli.errors import InputError
-from lit_dsunet.study.files import read_json
+from lit_dsunet.files import read_json
 from lit_dsunet.study.plan import Run, Study
 from lit_dsunet.study.recorder import common_digest
 

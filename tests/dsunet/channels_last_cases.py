@@ -135,6 +135,14 @@ def test_a_map_is_made_again():
         {"arch": "resenc", "features": [4, 8, 12], "strides": [1, [1, 2, 2], 2]},
         {"features": [4, 8, 12], "strides": [1, 2, 2], "gradient_checkpointing": True},
         {"features": [4, 8, 12], "strides": [1, 2, 2], "dims": 2},
+        {
+            "features": [4, 8, 12],
+            "strides": [1, 2, 2],
+            "mkdc": "skips",
+            "mkdc_residual": True,
+            "mkdc_kernels": [1, 3],
+            "dims": 2,
+        },
     ],
 )
 def test_a_network_is_the_same_function(options):
@@ -157,10 +165,14 @@ def test_a_network_is_the_same_function(options):
         torch.testing.assert_close(ours.eval()(x[:1]), plain.eval()(x[:1]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["batch", "instance"])
 @pytest.mark.parametrize(
-    ("shape", "kernels", "residual"),
-    [((2, 6, 2, 4, 5), (1, 3, 5), True), ((2, 40, 2, 3, 4), (3,), False), ((2, 4, 5, 6), (1, 3, 5, 7), False)],
+    ("norm", "shape", "kernels", "residual"),
+    [
+        ("batch", (2, 4, 2, 3, 3), (1, 3, 5), True),
+        ("instance", (2, 4, 2, 3, 3), (1, 5), False),
+        ("batch", (2, 40, 1, 3, 4), (3,), False),
+        ("instance", (2, 6, 4, 5), (1, 3, 7), True),
+    ],
 )
 def test_mkdc(norm, shape, kernels, residual):
     torch.manual_seed(1)

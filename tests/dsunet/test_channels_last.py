@@ -17,7 +17,7 @@ CASES = Path(__file__).with_name("channels_last_cases.py")
 def test_in_the_interpreter():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(CASES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "skipped" not in done.stdout
@@ -26,7 +26,7 @@ def test_in_the_interpreter():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu():
-    assert pytest.main(["-q", "-p", "no:cacheprovider", str(CASES)]) == 0
+    assert pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", str(CASES)]) == 0
 
 
 def test_elsewhere_torch_does_it():

@@ -103,6 +103,26 @@ def test_the_test_cases_are_the_held_out_fold_where_there_are_no_others(folder, 
     )
 
 
+def test_the_seed_divides_and_orders_the_same_drawn_volumes():
+    def look(**options):
+        """Images by name, the held-out fold, and the order of the first epoch."""
+        module = data(**options)
+        cases = {c.name: c.image for split in ("train", "val", "test") for c in module.cases(split)}
+        order = torch.cat([b.case for b in batches(module)])
+        return cases, {c.name for c in module.cases("val")}, order.tolist()
+
+    images, held, order = look(seed=0)
+    same, other_held, other_order = look(seed=3)
+    assert len(images) == 8
+    assert images.keys() == same.keys()
+    assert all(np.array_equal(images[name], same[name]) for name in images)
+    assert held != other_held
+    assert order != other_order
+    redrawn, _, same_order = look(seed=0, synthetic_seed=1)
+    assert not any(np.array_equal(images[name], redrawn[name]) for name in images)
+    assert order == same_order
+
+
 def test_folds_come_from_a_file(folder, tmp_path):
     names = [s.name for s in on_disk(folder, tmp_path, fold=None).samples("train")]
     folds = [{"val": [n], "train": [m for m in names if m != n]} for n in names]

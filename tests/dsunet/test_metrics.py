@@ -1,21 +1,19 @@
 import math
 import os
 import pickle
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from scipy import ndimage
-from torch import multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import MetricCollection
 
 from lit_cli.errors import InputError
-from lit_dsunet import components, metrics
+from lit_dsunet import components, measures, metrics
+from tests.helpers.distributed import in_two_processes
 
 CLASSES = (metrics.CaseDice, metrics.CaseHD95, metrics.LesionMetrics)
 STRUCTURES = {6: 1, 18: 2, 26: 3}
@@ -263,7 +261,7 @@ def test_binary_dice_equals_a_loop(prediction, target):
 @pytest.mark.parametrize("convention", ["max", "pooled"])
 @pytest.mark.parametrize("dense", [0, math.inf])
 def test_hd95_equals_distance_maps(prediction, target, convention, dense, monkeypatch):
-    monkeypatch.setattr(metrics, "DENSE", dense)  # each of the two ways for all masks
+    monkeypatch.setattr(measures, "DENSE", dense)  # each of the two ways for all masks
     spacing = (5.0, 0.7, 1.3)
     value = metrics.hd95(prediction, target, spacing, convention, both_empty=-1, one_empty=-2)
     if prediction.any() and target.any():
@@ -519,17 +517,11 @@ def test_wrong_cases_are_refused():
         metrics.LesionMetrics().update(mask, mask, (1, 1), [0, 1])
 
 
-def _process(rank, folder):
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout)
-    try:
-        torch.save([_figures(kind, rank) for kind in CLASSES], f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def _figures(rank):
+    return [_figures_of(kind, rank) for kind in CLASSES]
 
 
-def _figures(kind, rank):
+def _figures_of(kind, rank):
     # Unequal shares with one case in both; and a process that has nothing at all.
     data = cases()
     uneven = filled(kind, [data[:5], data[4:]][rank])
@@ -539,14 +531,8 @@ def _figures(kind, rank):
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_two_processes_equal_one(tmp_path):
-    # This process is the first of the two: most of the time goes into imports.
-    child = multiprocessing.get_context("spawn").Process(target=_process, args=(1, str(tmp_path)))
-    child.start()
-    _process(0, str(tmp_path))
-    child.join()
-    assert child.exitcode == 0
-    for rank in range(2):
-        for kind, result in zip(CLASSES, torch.load(tmp_path / f"{rank}.pt"), strict=True):
+    for rank, results in enumerate(in_two_processes(_figures, tmp_path)):
+        for kind, result in zip(CLASSES, results, strict=True):
             single = filled(kind)
             assert_equal(result[0], single.compute())
             assert_equal(result[1], single.per_case())

@@ -3,7 +3,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,11 @@ import pytest
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from lit_cli.errors import InputError
 from lit_dsunet.nifti import read_geometry, read_header, read_volume, write_label, write_probability
 from lit_dsunet.samples import Geometry, VolumeSample
+from tests.helpers.errors import refused
 
 BINARY = {0: 0, 1: 1}
-
-
-def refused(action: Callable[[], object], *parts: str) -> None:
-    """The action raises an InputError of one line that holds all the parts."""
-    with pytest.raises(InputError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "expected" in message or "cannot" in message
-    for part in parts:
-        assert part in message, message
 
 
 def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:

@@ -20,11 +20,6 @@ def folder(tmp_path_factory):
     return path
 
 
-class BuildOnly(VolumeCLI):
-    def _run_subcommand(self, subcommand):
-        pass
-
-
 def test_the_plan_is_a_config_file(folder, tmp_path, capsys):
     out = tmp_path / "plan.yaml"
     plan = plan_main(["--root", str(folder), "--memory_gb", "8", "--out", str(out)])
@@ -32,12 +27,8 @@ def test_the_plan_is_a_config_file(folder, tmp_path, capsys):
     assert plan.median_size == (16, 40, 36)
     assert str(out) in capsys.readouterr().out
     content = yaml.safe_load(out.read_text())
-    cli = BuildOnly(
-        LitDSUNet,
-        VolumeData,
-        "lit_dsunet",
-        ["fit", "--config", "demo", "--config", str(out), "--data.root", str(folder), "--data.format", "auto"],
-    )
+    args = ["fit", "--config", "demo", "--config", str(out), "--data.root", str(folder), "--data.format", "auto"]
+    cli = VolumeCLI(LitDSUNet, VolumeData, "lit_dsunet", args, build_only=True)
     assert list(cli.datamodule.patch_size) == content["data"]["patch_size"] == list(plan.patch)
     assert cli.model.hparams["strides"] == plan.strides
     with pytest.raises(InputError, match=r"plan: .*plan\.yaml exists"):

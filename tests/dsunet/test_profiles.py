@@ -1,11 +1,9 @@
-import importlib.util
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lit_callbacks import EMA, MemoryAndThroughput, ValidationSchedule
 
@@ -15,8 +13,19 @@ from lit_dsunet.data import VolumeData
 from lit_dsunet.models import build_network
 from lit_dsunet.module import LitDSUNet
 from lit_dsunet.planner import fingerprint, make_plan
+from tests.helpers.profiles import (
+    ROOT,
+    benchmark_of_profiles,
+    changed_lines,
+    check_header,
+    commands,
+    content,
+    differences,
+    flat,
+    printed,
+    torch_settings_restored,
+)
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "dsunet"
 ALL = sorted(FOLDER.glob("*.yaml"))
 PROFILES = [path for path in ALL if path.stem != "demo"]  # the demo is no hardware profile
@@ -49,6 +58,8 @@ ALSO = {
         "model.momentum",
         "model.schedule",
         "model.warmup",
+        "model.channels_last",
+        "model.compile",
         "model.cuda_graph",
         "data.eval_batch_size",
     }
@@ -65,24 +76,8 @@ each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 each_profile = pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 
 
-class BuildOnly(VolumeCLI):
-    def _run_subcommand(self, subcommand):
-        pass
-
-
-@pytest.fixture(autouse=True)
-def _restore_torch():
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, tf32
-
-
 def build(*args):
-    return BuildOnly(LitDSUNet, VolumeData, "lit_dsunet", ["fit", *map(str, args)])
+    return VolumeCLI(LitDSUNet, VolumeData, "lit_dsunet", ["fit", *map(str, args)], build_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -91,54 +86,19 @@ def parser():
     return build("--config", ALL[0], "--trainer.accelerator", "cpu", "--trainer.precision", "32-true").parser
 
 
-def printed(path, parser, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as done:
-        parser.parse_args(["fit", "--config", str(path), "--print_config"])
-    assert not done.value.code
-    return capsys.readouterr().out
-
-
 def profile(name):
     return next(path for path in PROFILES if path.stem == name)
 
 
-def header(path):
-    return path.read_text().split("\nseed_everything")[0].splitlines()
-
-
-def content(path):
-    return yaml.safe_load(path.read_text())
-
-
-def flat(value, prefix=""):
-    """Nested keys joined by dots; lists of numbers stay whole."""
-    if not isinstance(value, dict | list) or (isinstance(value, list) and not isinstance(value[0], dict)):
-        return {prefix[:-1]: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    if not value:
-        return {prefix[:-1]: value}
-    return {k: v for key, inner in items for k, v in flat(inner, f"{prefix}{key}.").items()}
-
-
-def differences(a, b):
-    here, there, missing = flat(content(a)), flat(content(b)), object()
-    return {k for k in here.keys() | there.keys() if here.get(k, missing) != there.get(k, missing)}
-
-
-def commands(path):
-    """The command lines of a header, as argument lists without the program's name."""
-    text = "\n".join(line.removeprefix("#").strip() for line in header(path) if line.startswith("#   "))
-    return [shlex.split(line)[1:] for line in text.replace("\\\n", " ").splitlines()]
+@pytest.fixture(autouse=True)
+def _restored():
+    with torch_settings_restored():
+        yield
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        spec = importlib.util.spec_from_file_location("benchmark_of_profiles", ROOT / "benchmarks" / "profiles.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    with benchmark_of_profiles() as module:
         yield module
 
 
@@ -182,7 +142,6 @@ def test_callbacks(path):
     names = [c["class_path"].rpartition(".")[2] for c in trainer["callbacks"]]
     expected = (ModelCheckpoint, ModelCheckpoint, LearningRateMonitor, MemoryAndThroughput, ValidationSchedule)
     assert names == [c.__name__ for c in expected]
-    # In this order: `--ckpt_path best` takes the first that has a best one.
     best, last, _, _, schedule = (c.get("init_args", {}) for c in trainer["callbacks"])
     assert best == {"monitor": "val/dice", "mode": "max"}
     assert last == {"filename": "last", "enable_version_counter": False, "save_on_exception": True}
@@ -198,13 +157,8 @@ def test_callbacks(path):
 
 @each_profile
 def test_header(path, benchmark):
-    lines = header(path)
-    assert lines[0].startswith("# Card: ")
+    check_header(path)
     assert benchmark.card_gb(path) == CARDS.get(path.stem, 141 if path.stem == "h200" else 24)
-    assert lines[1].startswith("# expected (guide): ")
-    assert [i for i, line in enumerate(lines) if line.startswith("# measured: ")] == [2, 3]
-    assert all(line.startswith("#") for line in lines)
-    assert any(["fit", "--config", f"configs/dsunet/{path.name}"] == command[:3] for command in commands(path))
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -330,6 +284,47 @@ def test_card_can_be_resumed_between_full_validations(tmp_path, monkeypatch):
     assert find_checkpoint("best", tmp_path) == best
 
 
+@pytest.mark.parametrize("name", ["demo", "gpu_8gb"])  # save_last, and a second checkpoint callback with a schedule
+def test_nothing_held_out(name, tmp_path, monkeypatch, recwarn):
+    """All cases are trained on, nobody warns, and the run can be resumed from any epoch's end."""
+    short = ["--data.fold", "null", "--trainer.max_epochs", "2", "--data.steps_per_epoch", "2"]
+    where = ["--trainer.default_root_dir", str(tmp_path)]
+    there = []
+
+    def look(module):
+        there.append(sum(1 for _ in tmp_path.rglob("last.ckpt")))
+
+    monkeypatch.setattr(LitDSUNet, "on_train_epoch_start", look)
+    cli = main(["fit", "--config", name, *SMALL, *TINY, *short, *where])
+    assert len(cli.datamodule.cases("train")) == 5
+    assert not [str(w.message) for w in recwarn if "zero" in str(w.message) or "monitor" in str(w.message)]
+    assert cli.trainer.limit_val_batches == 1.0
+    assert (
+        cli.trainer.check_val_every_n_epoch
+        == content(FOLDER / f"{name}.yaml")["trainer"]["check_val_every_n_epoch"]
+        > 1
+    )
+    (last,) = tmp_path.rglob("*.ckpt")
+    assert last == find_checkpoint("last", tmp_path)
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    if name != "demo":  # `save_last` is written at the end, or when the run is interrupted
+        assert there == [0, 1]
+    again = main(
+        ["fit", "--config", name, *SMALL, *TINY, *short, *where, "--trainer.max_epochs", "3", "--ckpt_path", "last"]
+    )
+    assert again.trainer.global_step == 6
+    cli = main(["test", "--config", name, *SMALL, *where, "--data.fold", "0", "--ckpt_path", "last"])
+    assert "test/dice" in cli.trainer.callback_metrics
+
+
+def test_nothing_held_out_in_a_dry_run(tmp_path, recwarn):
+    where = ["--trainer.default_root_dir", str(tmp_path), "--trainer.fast_dev_run", "true"]
+    cli = main(["fit", "--config", "demo", *SMALL, *TINY, "--data.fold", "null", *where])
+    assert cli.trainer.global_step == 1
+    assert not any("zero" in str(w.message) for w in recwarn)
+    assert not any(key.startswith("val/") for key in cli.trainer.callback_metrics)
+
+
 def test_benchmark_rewrites_the_measured_lines_only(tmp_path, benchmark):
     folder = tmp_path / "dsunet"
     shutil.copytree(FOLDER, folder)
@@ -341,9 +336,8 @@ def test_benchmark_rewrites_the_measured_lines_only(tmp_path, benchmark):
     assert benchmark.write_headers(results, folder, benchmark.TASKS["dsunet"]) == 3
     assert benchmark.write_headers(results, folder, benchmark.TASKS["dsunet"]) == 0
     for path in ALL:
-        old, new = path.read_text().splitlines(), (folder / path.name).read_text().splitlines()
-        differ = [i for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1]]
-        assert differ == ([2, 3] if path.stem in ("guide_baseline", "gpu_8gb", "gpu_12gb") else [])
+        written = path.stem in ("guide_baseline", "gpu_8gb", "gpu_12gb")
+        assert changed_lines(path, folder / path.name) == ([2, 3] if written else [])
     lines = (folder / "gpu_8gb.yaml").read_text().splitlines()
     speed = "100 patches/s, in voxels 1.00 x guide_baseline"
     assert lines[2].startswith(f"# measured: peak 3.2 GB reserved, 2.9 GB allocated; {speed}")

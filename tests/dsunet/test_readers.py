@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lit_cli.errors import InputError
 from lit_dsunet.nifti import read_volume
 from lit_dsunet.readers import (
     AtlasV2,
@@ -26,19 +25,9 @@ from lit_dsunet.readers import (
     make_reader,
 )
 from lit_dsunet.samples import VolumeTable
+from tests.helpers.errors import refused
 
 SHAPE = (3, 4, 5)
-
-
-def refused(action: Callable[[], object], *parts: str) -> None:
-    """The action raises an InputError of one line that holds all the parts."""
-    with pytest.raises(InputError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "expected" in message, message
-    for part in parts:
-        assert part in message, message
 
 
 def volume(path: Path, channels: int = 1, shape: Sequence[int] = SHAPE, spacing: float = 1.0) -> Path:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from lit_dsunet.sliding_window import SlidingWindow, importance, mirror_axes, window_starts
 
@@ -70,6 +71,58 @@ def test_several_volumes_share_batches():
     assert sum(calls) == sum(window.count(v.shape[1:]) for v in volumes)
     for one, volume in zip(together, volumes, strict=True):
         torch.testing.assert_close(one, window(network, [volume])[0])
+
+
+SIZES = ((5, 7, 9), (4, 6, 4), (2, 3, 2), (9, 11, 7))
+
+
+@pytest.mark.parametrize("mirror", [(), (1,)])
+@pytest.mark.parametrize("memory", [None, 0])
+def test_padded_batches_have_one_shape_and_change_nothing(memory, mirror):
+    """`memory=0` forces the slabs, each with a last batch of its own."""
+    volumes = [torch.randn(1, *size, generator=torch.Generator().manual_seed(n)) for n, size in enumerate(SIZES)]
+    shapes = []
+
+    def recorded(x):
+        shapes.append(tuple(x.shape))
+        return network(x)
+
+    options = {"batch": 3, "mirror": mirror, "memory": memory}
+    plain, padded = SlidingWindow(PATCH, **options), SlidingWindow(PATCH, pad_batches=True, **options)
+    for group in (volumes, *([v] for v in volumes)):
+        expected = plain(recorded, group)
+        needed = len(shapes)
+        shapes.clear()
+        for one, other in zip(padded(recorded, group), expected, strict=True):
+            assert torch.equal(one, other)
+        assert set(shapes) == {(3, 1, *PATCH)}
+        assert len(shapes) == needed
+        shapes.clear()
+
+
+def test_full_batches_are_not_padded():
+    volume = torch.randn(1, 9, 11, 4)
+    window = SlidingWindow(PATCH, batch=4, pad_batches=True)
+    sizes = []
+
+    def counted(x):
+        sizes.append(len(x))
+        assert len(x.flatten(1).unique(dim=0)) == len(x)  # no window twice
+        return network(x)
+
+    window(counted, [volume])
+    assert sizes == [4] * (window.count(volume.shape[1:]) // 4)
+    assert sum(sizes) == window.count(volume.shape[1:])
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_a_compiled_network_is_compiled_once_with_padding(pad):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(network, backend=counter)
+    for size in SIZES:
+        SlidingWindow(PATCH, batch=3, pad_batches=pad)(compiled, [torch.zeros(1, *size)])
+    assert (counter.frame_count == 1) == pad
 
 
 @pytest.mark.parametrize("memory", [None, 0])

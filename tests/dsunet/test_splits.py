@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,7 @@ import pytest
 from lit_cli.errors import InputError
 from lit_dsunet.samples import VolumeSample
 from lit_dsunet.splits import check_folds, load_folds, make_folds, write_folds
-
-
-def refused(action: Callable[[], object], *parts: str) -> None:
-    """The action raises an InputError of one line that holds all the parts."""
-    with pytest.raises(InputError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "expected" in message, message
-    for part in parts:
-        assert part in message, message
+from tests.helpers.errors import refused
 
 
 def samples_of(patients: dict[str, str]) -> list[VolumeSample]:

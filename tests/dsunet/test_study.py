@@ -307,7 +307,7 @@ def test_batch_sizes_at_equal_numbers_of_steps(tmp_path, monkeypatch):
     assert "order of the patches" not in report["checks"]
     study = Study.load(folder)
     rates = [study.arms.options[arm]["model.lr"] for arm in trained]
-    np.testing.assert_allclose(rates, [0.0015, 0.00212132, 0.003, 0.012, 0.006], rtol=1e-5)
+    np.testing.assert_allclose(rates, [0.0025, 0.00353553, 0.005, 0.02, 0.01], rtol=1e-5)
     data = VolumeData(**parse_config(study.arguments(Run(0, 0, "batch8_sqrt")))["data"])
     data.setup("fit")
     loader = data.train_dataloader()

@@ -10,9 +10,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_cli.errors import InputError
-from lit_common.store import default_cache_dir
+from lit_common.loaders import EpochBatches
+from lit_common.store import cache_folder
 from lit_landmarks.augment import Augmentation, augment_batch
-from lit_landmarks.data import EpochBatches, LandmarkBatch, LandmarkData
+from lit_landmarks.data import LandmarkBatch, LandmarkData
 from lit_landmarks.geometry import Letterbox, original_points
 from lit_landmarks.samples import LandmarkSample
 from lit_landmarks.store import prepare
@@ -130,10 +131,10 @@ def test_cache_folder_that_cannot_be_written_only_warns(tmp_path, caplog, in_mem
 
 def test_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("LIT_CACHE", str(tmp_path / "here"))
-    assert default_cache_dir("landmarks") == tmp_path / "here" / "landmarks"
+    assert cache_folder(None, "landmarks") == tmp_path / "here" / "landmarks"
     monkeypatch.delenv("LIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_cache_dir("landmarks") == tmp_path / "xdg" / "lit-vision-tasks" / "landmarks"
+    assert cache_folder(None, "landmarks") == tmp_path / "xdg" / "lit-vision-tasks" / "landmarks"
 
 
 def test_cache_dir_none_keeps_nothing(tmp_path):

@@ -1,18 +1,16 @@
 import math
 import os
 import pickle
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch import multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_cli.errors import InputError
 from lit_landmarks import metrics
+from tests.helpers.distributed import in_two_processes
 
 CLASSES = (metrics.RadialError, metrics.MeanRadialError, metrics.SuccessDetectionRate)
 
@@ -255,16 +253,6 @@ def test_update_does_not_wait_for_the_device(kind):
             metric.update(*batch)
 
 
-def _process(rank, folder):
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout)
-    try:
-        torch.save(_figures(rank), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
 def _figures(rank):
     # The shares differ in size, and one process of the second metric has nothing at all.
     uneven = filled(data=batches((3, 2))[rank : rank + 1])
@@ -282,15 +270,8 @@ def _figures(rank):
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_two_processes_equal_one(tmp_path):
-    # This process is the first of the two: most of the time goes into imports.
-    child = multiprocessing.get_context("spawn").Process(target=_process, args=(1, str(tmp_path)))
-    child.start()
-    _process(0, str(tmp_path))
-    child.join()
-    assert child.exitcode == 0
     single = filled()
-    for rank in range(2):
-        result = torch.load(tmp_path / f"{rank}.pt")
+    for result in in_two_processes(_figures, tmp_path):
         torch.testing.assert_close(result["uneven"], single.compute(), rtol=0, atol=1e-14)
         torch.testing.assert_close(result["lonely"], single.compute(), rtol=0, atol=1e-14)
         for value, kind in zip(result["small"], CLASSES[1:], strict=True):

@@ -395,18 +395,22 @@ def test_gpu_options_are_left_out_on_a_cpu():
     assert model._graph is None
 
 
-def test_fit_without_a_hold_out(tmp_path):
+def test_fit_without_a_hold_out(tmp_path, recwarn):
     cli = main(
         [
             *("fit", "--data.format", "synthetic", "--data.synthetic_train", "4", "--data.synthetic_test", "1"),
             *("--data.image_size", "64", "--data.batch_size", "2", "--data.holdout", "0"),
             *("--model.backbone", "resnet10t", "--model.pretrained", "false", "--trainer.max_epochs", "2"),
             *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"),
+            *("--trainer.check_val_every_n_epoch", "5"),  # no validation to wait for with a checkpoint
         ]
     )
     assert cli.trainer.global_step == 4
     assert not any(k.startswith("val/") for k in cli.trainer.callback_metrics)
     assert list(tmp_path.rglob("*.ckpt"))
+    assert not any("zero" in str(w.message) for w in recwarn)
+    assert cli.trainer.limit_val_batches == 1.0
+    assert cli.trainer.check_val_every_n_epoch == 5
 
 
 def test_fit_without_a_pixel_size_reports_pixels_alone(tmp_path):

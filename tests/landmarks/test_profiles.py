@@ -1,4 +1,3 @@
-import importlib.util
 import shlex
 import shutil
 from pathlib import Path
@@ -7,15 +6,24 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
-import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lit_callbacks import EMA, MemoryAndThroughput, MilestoneGuard
 
 from lit_landmarks.__main__ import LandmarkCLI, main
 from lit_landmarks.data import LandmarkData
 from lit_landmarks.module import LitLandmarks
+from tests.helpers.profiles import (
+    ROOT,
+    benchmark_of_profiles,
+    changed_lines,
+    check_header,
+    commands,
+    content,
+    differences,
+    printed,
+    torch_settings_restored,
+)
 
-ROOT = Path(__file__).parents[2]
 ALL = sorted((ROOT / "configs" / "landmarks").glob("*.yaml"))
 PROFILES = [path for path in ALL if path.stem != "demo"]  # the demo is no hardware profile
 EXPECTED = {
@@ -64,24 +72,8 @@ each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 each_profile = pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 
 
-class BuildOnly(LandmarkCLI):
-    def _run_subcommand(self, subcommand):
-        pass
-
-
-@pytest.fixture(autouse=True)
-def _restore_torch():
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, tf32
-
-
 def build(*args):
-    return BuildOnly(LitLandmarks, LandmarkData, "lit_landmarks", ["fit", *map(str, args)])
+    return LandmarkCLI(LitLandmarks, LandmarkData, "lit_landmarks", ["fit", *map(str, args)], build_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -90,44 +82,16 @@ def parser():
     return build("--config", ALL[0]).parser
 
 
-def printed(path, parser, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as done:
-        parser.parse_args(["fit", "--config", str(path), "--print_config"])
-    assert not done.value.code
-    return capsys.readouterr().out
+@pytest.fixture(autouse=True)
+def _restored():
+    with torch_settings_restored():
+        yield
 
 
-def header(path):
-    return path.read_text().split("\nseed_everything")[0].splitlines()
-
-
-def content(path):
-    return yaml.safe_load(path.read_text())
-
-
-def flat(value, prefix=""):
-    """Nested keys joined by dots; the milestones stay whole."""
-    if prefix.endswith("milestones.") or not isinstance(value, dict | list):
-        return {prefix[:-1]: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    if prefix == "data.image_size.":
-        return {prefix[:-1]: value}
-    return {k: v for key, inner in items for k, v in flat(inner, f"{prefix}{key}.").items()}
-
-
-def commands(path):
-    """The command lines of a header, as argument lists without the program's name."""
-    text = "\n".join(line.removeprefix("#").strip() for line in header(path) if line.startswith("#   "))
-    return [shlex.split(line)[1:] for line in text.replace("\\\n", " ").splitlines()]
-
-
-def load_benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("benchmark_of_profiles", ROOT / "benchmarks" / "profiles.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def benchmark():
+    with benchmark_of_profiles() as module:
+        yield module
 
 
 def test_every_promised_profile_exists():
@@ -193,23 +157,15 @@ def test_backbone_and_decoder_exist(path):
 
 
 @each_profile
-def test_header(path, monkeypatch):
-    lines = header(path)
-    assert lines[0].startswith("# Card: ")
-    assert load_benchmark(monkeypatch).card_gb(path) in (4, 6, 8, 24, 40, 141)
-    assert lines[1].startswith("# expected (guide): ")
-    assert [i for i, line in enumerate(lines) if line.startswith("# measured: ")] == [2, 3]
-    assert all(line.startswith("#") for line in lines)
-    assert any(["fit", "--config", f"configs/landmarks/{path.name}"] == command[:3] for command in commands(path))
+def test_header(path, benchmark):
+    check_header(path)
+    assert benchmark.card_gb(path) in (4, 6, 8, 24, 40, 141)
 
 
 @each_profile
 def test_touches_only_what_hardware_decides(path):
     balanced = next(p for p in PROFILES if p.stem == "rtx3070ti_balanced")
-    here, there = flat(content(path)), flat(content(balanced))
-    missing = object()
-    different = {k for k in here.keys() | there.keys() if here.get(k, missing) != there.get(k, missing)}
-    assert different <= MAY_DIFFER | ALSO.get(path.stem, set())
+    assert differences(path, balanced) <= MAY_DIFFER | ALSO.get(path.stem, set())
 
 
 def test_profile_fits_by_name(tmp_path):
@@ -237,8 +193,7 @@ def test_two_stages_work_as_their_headers_say(tmp_path, monkeypatch):
     assert cli.trainer.optimizers[0].defaults["lr"] == pytest.approx(5e-4)
 
 
-def test_benchmark_rewrites_the_measured_lines_only(tmp_path, monkeypatch):
-    benchmark = load_benchmark(monkeypatch)
+def test_benchmark_rewrites_the_measured_lines_only(tmp_path, benchmark):
     folder = tmp_path / "landmarks"
     shutil.copytree(ALL[0].parent, folder)
     results = benchmark.Results(tmp_path / "results.json")
@@ -252,10 +207,8 @@ def test_benchmark_rewrites_the_measured_lines_only(tmp_path, monkeypatch):
     assert benchmark.write_headers(again, folder) == 3
     assert benchmark.write_headers(again, folder) == 0
     for path in ALL:
-        old, new = path.read_text().splitlines(), (folder / path.name).read_text().splitlines()
-        differ = [i for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1]]
         written = path.stem in ("rtx3070ti_balanced", "rtx3070ti_fast", "rtx3070ti_good")
-        assert differ == ([2, 3] if written else [])
+        assert changed_lines(path, folder / path.name) == ([2, 3] if written else [])
     fast = (folder / "rtx3070ti_fast.yaml").read_text()
     assert "# measured: peak 3.2 GB reserved, 2.9 GB allocated; 100 samples/s = 2.00 x rtx3070ti_balanced" in fast
     assert "limited to 7.5 GB" in fast

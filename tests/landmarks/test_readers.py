@@ -10,7 +10,6 @@ import cv2
 import numpy as np
 import pytest
 
-from lit_cli.errors import InputError
 from lit_landmarks.readers import (
     ISBI2015_NAMES,
     CocoKeypoints,
@@ -21,6 +20,7 @@ from lit_landmarks.readers import (
     make_reader,
 )
 from lit_landmarks.samples import LandmarkSample, LandmarkTable, as_spacing, find_images, image_size
+from tests.helpers.errors import refused
 from tests.landmarks.layouts import (
     coco,
     doctor_points,
@@ -31,17 +31,6 @@ from tests.landmarks.layouts import (
     write_kaggle,
     write_table,
 )
-
-
-def refused(action: Callable[[], object], *parts: str) -> None:
-    """The action raises an InputError of one line that holds all the parts."""
-    with pytest.raises(InputError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "expected" in message or "missing" in message or "cannot read" in message
-    for part in parts:
-        assert part in message
 
 
 def sizes(table: LandmarkTable) -> dict[str, int]:
