@@ -159,7 +159,7 @@ def test_a_network_is_the_same_function(options):
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
     for (name, p), q in zip(plain.named_parameters(), ours.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
-        if p.grad is not None and p.grad.norm() > 1e-6:  # a bias before a normalisation has rounding errors for one
+        if p.grad is not None and p.grad.norm() > 1e-5:  # a bias before a normalisation has rounding errors for one
             assert_near(q.grad, p.grad, 1e-3)
     with torch.inference_mode():
         torch.testing.assert_close(ours.eval()(x[:1]), plain.eval()(x[:1]), rtol=1e-4, atol=1e-5)
