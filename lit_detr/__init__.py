@@ -1,0 +1,1 @@
+"""Detection of tiny objects with a transformer."""
