@@ -12,7 +12,33 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+
+__all__ = ["GraphedStep", "graphed_step"]
+
+
+def graphed_step(module: LightningModule, step: Callable[..., Tensor], network: nn.Module) -> GraphedStep | None:
+    """`GraphedStep` where graphs can be used; elsewhere None, and a line that says why.
+
+    Args:
+        module: On its device, with a Trainer; its hyperparameter `gradient_checkpointing` is asked for.
+        step: As of `GraphedStep`.
+        network: As of `GraphedStep`.
+    """
+    if module.device.type != "cuda":
+        rank_zero_info(f"model.cuda_graph: ignored, the device is {module.device.type}")
+        return None
+    why = None
+    if module.trainer.world_size > 1:
+        why = "several devices train together"
+    elif module.hparams["gradient_checkpointing"]:
+        why = "gradient checkpointing reads the random state on the host"
+    if why is not None:
+        rank_zero_warn(f"model.cuda_graph: not used, {why}")
+        return None
+    return GraphedStep(step, network)
 
 
 class GraphedStep:

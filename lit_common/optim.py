@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.optim import SGD, AdamW
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import SGD, AdamW, Optimizer
 
-__all__ = ["fused_adamw", "fused_sgd"]
+__all__ = ["fused_adamw", "fused_sgd", "warn_of_resumed"]
+
+
+def warn_of_resumed(optimizer: Optimizer, **wanted: float) -> None:
+    """Say so when a resumed optimizer goes on with other values than the command line's.
+
+    Args:
+        optimizer: After the checkpoint was loaded; its first group is looked at.
+        wanted: `lr`, the peak rate, and other values of a parameter group.
+    """
+    group = optimizer.param_groups[0]
+    for name, value in wanted.items():
+        has = group.get("initial_lr", value) if name == "lr" else group[name]
+        if not math.isclose(has, value):
+            rank_zero_warn(
+                f"model.{name} is {value:g}, but the resumed optimizer goes on with {has:g}; to start from the "
+                "weights with a new optimizer, use --model.init_from instead of --ckpt_path"
+            )
 
 
 def fused_adamw(params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], lr: float, *, clips: bool) -> AdamW:

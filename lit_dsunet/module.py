@@ -10,14 +10,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lit_cli.errors import InputError
-from lit_common.graph import GraphedStep
-from lit_common.optim import fused_adamw, fused_sgd
+from lit_common.graph import GraphedStep, graphed_step
+from lit_common.optim import fused_adamw, fused_sgd, warn_of_resumed
 from lit_common.schedule import warmup_cosine
+from lit_common.weights import take_weights
 from lit_dsunet.data import VolumeData
 from lit_dsunet.loaders import CaseBatch, PatchBatch
 from lit_dsunet.losses import DeepSupervisionLoss, LossName, make_loss
@@ -249,32 +250,14 @@ class LitDSUNet(LightningModule):
         if any(p % s for p, s in zip(patch, stride, strict=True)):
             raise InputError(f"data.patch_size: expected multiples of the network's {tuple(stride)}, got {patch}")
         if h["init_from"] is not None and self._fresh:
-            self._take_weights(h["init_from"])
+            # Heads follow the classes and may differ; the rest has to be there.
+            take_weights(self.net, h["init_from"], "model.init_from", lambda name: "heads" in name)
 
     @property
     def _fresh(self) -> bool:
         """Whether this is a fit that starts without a checkpoint."""
         trainer = self._trainer
         return trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path is None
-
-    def _take_weights(self, path: str) -> None:
-        if not Path(path).is_file():
-            raise InputError(f"model.init_from: {path}: no such file")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        except Exception as error:
-            raise InputError(
-                f"model.init_from: {path} is not a checkpoint ({str(error).splitlines()[0]:.80})"
-            ) from error
-        own = self.state_dict()
-        fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-        # Heads follow the classes and may differ; the rest has to be there.
-        missing = [k for k in own if k not in fitting and "heads" not in k]
-        if missing:
-            raise InputError(
-                f"model.init_from: {path} lacks {len(missing)} tensors of this network, such as {missing[0]}"
-            )
-        self.load_state_dict({**own, **fitting})
 
     def _load_members(self) -> None:
         self._members = []
@@ -306,7 +289,13 @@ class LitDSUNet(LightningModule):
                 self._compiled = True
             else:
                 rank_zero_info(f"model.compile: ignored, the device is {self.device.type}")
-        self._graph = self._make_graph() if self.hparams["cuda_graph"] else None
+        assert self.net is not None
+        self._graph = graphed_step(self, self._loss_of, self.net) if self.hparams["cuda_graph"] else None
+
+    def on_train_start(self) -> None:
+        """Say so when a resumed optimizer goes on with other values than the command line's."""
+        h = self.hparams
+        warn_of_resumed(self.trainer.optimizers[0], lr=h["lr"], weight_decay=h["weight_decay"])
 
     def on_fit_end(self) -> None:
         """Drop the captured graphs: the module moves off the device now, and they hold its memory."""
@@ -333,21 +322,6 @@ class LitDSUNet(LightningModule):
             form = torch.channels_last_3d if image.ndim == 5 else torch.channels_last
             image = image.contiguous(memory_format=form)
         return self.net(image)
-
-    def _make_graph(self) -> GraphedStep | None:
-        if self.device.type != "cuda":
-            rank_zero_info(f"model.cuda_graph: ignored, the device is {self.device.type}")
-            return None
-        why = None
-        if self.trainer.world_size > 1:
-            why = "several devices train together"
-        elif self.hparams["gradient_checkpointing"]:
-            why = "gradient checkpointing reads the random state on the host"
-        if why is not None:
-            rank_zero_warn(f"model.cuda_graph: not used, {why}")
-            return None
-        assert self.net is not None
-        return GraphedStep(self._loss_of, self.net)
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,14 +11,15 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_cli.errors import InputError
-from lit_common.graph import GraphedStep
-from lit_common.optim import fused_adamw
+from lit_common.graph import GraphedStep, graphed_step
+from lit_common.optim import fused_adamw, warn_of_resumed
 from lit_common.schedule import warmup_cosine
+from lit_common.weights import take_weights
 from lit_landmarks import heatmaps as hm
 from lit_landmarks.data import LandmarkBatch, LandmarkData
 from lit_landmarks.geometry import Letterbox, flip_permutation, original_points
@@ -209,29 +209,8 @@ class LitLandmarks(LightningModule):
         if h["channels_last"]:
             self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if fresh and h["init_from"] is not None:
-            self._start_from(h["init_from"])
+            take_weights(self.net, h["init_from"], "model.init_from", lambda name: name.startswith("head."))
         self.criterion = heatmap_loss(h["loss"], sigma=self.sigma)
-
-    def _start_from(self, path: str) -> None:
-        assert self.net is not None
-        if not Path(path).is_file():
-            raise InputError(f"model.init_from: no file {path}")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        except Exception as error:
-            raise InputError(f"model.init_from: {path} is not a checkpoint of this library ({error!s:.80})") from error
-        state = {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
-        own = self.net.state_dict()
-        fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-        missing = sorted(set(own) - set(fitting))
-        body = [k for k in missing if not k.startswith("head.")]
-        if body:
-            raise InputError(
-                f"model.init_from: {path} lacks {len(body)} tensors of this network, first {body[0]}; expected the "
-                "same backbone and decoder"
-            )
-        self.net.load_state_dict(fitting, strict=False)
-        rank_zero_info(f"weights from {path}: {len(fitting)} tensors" + (f", new: {missing}" if missing else ""))
 
     def _load_members(self) -> None:
         if self._members or not self.hparams["ensemble"]:
@@ -251,19 +230,13 @@ class LitLandmarks(LightningModule):
 
     def on_train_start(self) -> None:
         """Say so when a resumed optimizer goes on with other values than the command line's."""
-        for name, wanted in (("lr", self._lr()), ("weight_decay", self.hparams["weight_decay"])):
-            group = self.trainer.optimizers[0].param_groups[0]
-            has = group["initial_lr"] if name == "lr" else group[name]
-            if not math.isclose(has, wanted):
-                rank_zero_warn(
-                    f"model.{name} is {wanted:g}, but the resumed optimizer goes on with {has:g}; to start from the "
-                    "weights with a new optimizer, use --model.init_from instead of --ckpt_path"
-                )
+        warn_of_resumed(self.trainer.optimizers[0], lr=self._lr(), weight_decay=self.hparams["weight_decay"])
 
     def on_fit_start(self) -> None:
         """Compile and prepare the graphs, where that was asked for and a GPU is there."""
         self._compile()
-        self._graph = self._make_graph() if self.hparams["cuda_graph"] else None
+        assert self.net is not None
+        self._graph = graphed_step(self, self._loss_of, self.net) if self.hparams["cuda_graph"] else None
 
     def _compile(self) -> None:
         how = self.hparams["compile"]
@@ -295,21 +268,6 @@ class LitLandmarks(LightningModule):
     def eager_training_step(self, batch: LandmarkBatch, batch_idx: int) -> Tensor:
         """The same without a captured graph, for batches of any size (`BatchSizeFit` asks for it)."""
         return self._loss_of(batch.image, batch.points)
-
-    def _make_graph(self) -> GraphedStep | None:
-        why = None
-        if self.device.type != "cuda":
-            rank_zero_info(f"model.cuda_graph: ignored, the device is {self.device.type}")
-            return None
-        if self.trainer.world_size > 1:
-            why = "several devices train together"
-        elif self.hparams["gradient_checkpointing"]:
-            why = "gradient checkpointing reads the random state on the host"
-        if why is not None:
-            rank_zero_warn(f"model.cuda_graph: not used, {why}")
-            return None
-        assert self.net is not None
-        return GraphedStep(self._loss_of, self.net)
 
     def _loss_of(self, images: Tensor, points: Tensor) -> Tensor:
         assert self.net is not None
