@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_common.images import cached_images, decode_all
 from lit_landmarks.geometry import Letterbox
 from lit_landmarks.samples import LandmarkSample
 
-log = logging.getLogger(__name__)
 VERSION = 1  # raise it when preprocessing changes: old caches are then left alone
 
 
@@ -79,27 +76,15 @@ def prepare(
     key = hashlib.sha256(
         json.dumps([VERSION, list(size), channels, [s.stamp() for s in samples]], sort_keys=True).encode()
     ).hexdigest()[:24]
+
+    def one(i: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+        image = samples[i].read_image(channels)
+        return Letterbox((image.shape[1], image.shape[2]), size).apply(image), (image.shape[1], image.shape[2])
+
     path = cache_dir / f"{key}.npy" if cache_dir is not None and samples else None
-    sizes_path = path.with_suffix(".sizes.npy") if path is not None else None
-    images: NDArray[np.uint8] | None = None
-    sizes: NDArray[np.int64] | None = None
-    if path is not None and sizes_path is not None and path.is_file() and sizes_path.is_file():
-        try:
-            images, sizes = np.load(path, mmap_mode=None if in_memory else "r"), np.load(sizes_path)
-        except (ValueError, EOFError, OSError):
-            images = None  # a damaged cache is only a lost minute
-        if images is not None and (images.shape, sizes.shape if sizes is not None else None) != (
-            (len(samples), channels, *size),
-            (len(samples), 2),
-        ):
-            images = None
-    if images is None or sizes is None:
-        images, sizes = _decode(samples, size, channels, threads)
-        if path is not None and sizes_path is not None:
-            _save(sizes_path, sizes)
-            if _save(path, images) and not in_memory:
-                images = np.load(path, mmap_mode="r")
-    assert images is not None
+    shape = (channels, *size)
+    decode = partial(decode_all, len(samples), shape, one, threads)
+    images, sizes = cached_images(path, (len(samples), *shape), decode, in_memory=in_memory)
     num_landmarks = len(samples[0].points) if samples else 0
     return Prepared(
         images=images,
@@ -111,37 +96,3 @@ def prepare(
         names=[s.name for s in samples],
         sizes=sizes,
     )
-
-
-def _decode(
-    samples: Sequence[LandmarkSample], size: tuple[int, int], channels: int, threads: int | None
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    images = np.zeros((len(samples), channels, *size), np.uint8)
-    sizes = np.zeros((len(samples), 2), np.int64)
-
-    def one(index: int) -> None:
-        image = samples[index].read_image(channels)
-        sizes[index] = image.shape[1:]
-        images[index] = Letterbox((image.shape[1], image.shape[2]), size).apply(image)
-
-    with ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(one, range(len(samples))):  # consuming the results is what raises a worker's exception
-            pass
-    return images, sizes
-
-
-def _save(path: Path, array: NDArray) -> bool:
-    """Write atomically; a full or read-only disk costs the cache, never the run."""
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, array)
-        Path(temporary).replace(path)
-    except OSError as error:
-        log.warning("no image cache at %s (%s); decoding again next time", path.parent, error)
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        return False
-    return True
