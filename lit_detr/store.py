@@ -34,7 +34,7 @@ class DetectionBatch(NamedTuple):
     image: Tensor  # (B, C, H, W) uint8 at rest, float32 from 0 to 1 once augmented
     boxes: list[Boxes]  # in frame pixels
     content: Tensor  # (B, 2) int64 on the host: height and width of the part of the frame that is image
-    index: Tensor  # (B,) int64 on the host: position in the split
+    position: Tensor  # (B,) int64 on the host, in the split
     seed: Tensor  # () int64 on the host: everything random about this batch follows from it
 
 
