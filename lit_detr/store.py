@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from lit_cli.errors import InputError
 from lit_common.images import cached_images, decode_all
 from lit_detr.augment import Boxes, WorkerAugmentation
+from lit_detr.readers import check_size
 from lit_detr.samples import DetectionSample
 
 __all__ = ["BatchDataset", "DetectionBatch", "Prepared", "Resident", "fit_frame", "prepare", "read_image"]
@@ -85,16 +86,12 @@ def read_image(sample: DetectionSample, channels: int) -> NDArray[np.uint8]:
     if data is None:
         raise InputError(f"{sample.image}: no such image")
     flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
-    found: Any = cv2.imdecode(data, flag | cv2.IMREAD_ANYDEPTH) if len(data) else None
+    found: Any = cv2.imdecode(data, flag | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION) if len(data) else None
     if found is None:
         raise InputError(f"{sample.image}: not an image that OpenCV can read")
     deep = found.dtype != np.uint8
     image: NDArray[np.uint8] = (found * (255 / max(1, found.max()))).astype(np.uint8) if deep else found
-    if sample.size is not None and tuple(image.shape[:2]) != tuple(sample.size):
-        raise InputError(
-            f"{sample.image}: expected {sample.size[0]} x {sample.size[1]} pixels (height x width) as annotated, got "
-            f"{image.shape[0]} x {image.shape[1]}"
-        )
+    check_size(sample, (image.shape[0], image.shape[1]))
     image = image[:, :, None] if image.ndim == 2 else image[:, :, ::-1]  # to RGB
     return np.ascontiguousarray(image)
 
