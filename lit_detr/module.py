@@ -1,0 +1,373 @@
+"""Detection of tiny objects with a transformer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from lit_cli.errors import InputError
+from lit_common.optim import fused_adamw, warn_of_resumed
+from lit_common.schedule import flat_cosine
+from lit_common.weights import take_weights
+from lit_detr.data import DetectionData, ReadyBatch
+from lit_detr.losses import DetectionLoss
+from lit_detr.matching import ClassKind, Matcher
+from lit_detr.metrics import DetectionAP
+from lit_detr.models import build_network, query_budget
+from lit_detr.samples import Output
+
+__all__ = ["Detections", "LitDETR"]
+
+
+class Detections(NamedTuple):
+    """What evaluation of a batch gives, image by image, best first."""
+
+    boxes: Tensor  # (B, D, 4) x1 y1 x2 y2 in pixels of the file
+    scores: Tensor  # (B, D)
+    labels: Tensor  # (B, D) int64
+    position: list[int]  # in the split
+
+
+class LitDETR(LightningModule):
+    """A detection transformer with a light encoder and a deformable decoder.
+
+    Args:
+        backbone: `resnet18`, `resnet50`, `hgnetv2_b0`, `convnext_tiny`, … or any timm model with feature maps.
+        pretrained: ImageNet weights of it: true, false, or a path.
+        strides: Of the maps that the decoder reads, each twice the one before; from 4 on for objects below 16 pixels.
+        hidden: Channels of encoder and decoder.
+        heads: Of attention.
+        feedforward: Inner width of the linear layers beside attention.
+        points: Points that a head reads per level.
+        prior_sizes: Side in pixels of the boxes that the cells of each level begin with.
+        decoder_layers: How often boxes are refined.
+        queries: Fewest queries.
+        most_queries: Most of them, where a batch has many boxes.
+        eval_queries: Of evaluation, which cannot know how many boxes there are.
+        noise_queries: Denoising queries in training, 0 for none.
+        class_loss: `focal`, `vfl` or `mal`.
+        l1: Factor of the loss, and of the cost in matching.
+        giou: Of both.
+        nwd: Of both.
+        nwd_constant: C in pixels of the network's input; null takes the mean side of the training boxes.
+        lr: Peak learning rate.
+        backbone_lr: Its share for the backbone.
+        weight_decay: Of AdamW; none on biases and normalisations.
+        warmup: Share of the run with rising learning rate.
+        flat: Share of the run up to which it stays level, before a cosine.
+        final: Share of it at the end.
+        most_detections: Detections kept per image.
+        channels_last: NHWC memory format of the convolutions.
+        compile: Compile the network; only on a GPU.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        init_from: Checkpoint whose weights training starts from.
+        class_names: From the data. This and the rest is stored in the checkpoint.
+        in_channels: From the data.
+        image_size: [height, width], from the data.
+
+    Raises:
+        InputError: with one line, for values that make no sense together or with the data.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: str = "resnet18",
+        pretrained: bool | str = False,
+        strides: list[int] | None = None,
+        hidden: int = 256,
+        heads: int = 8,
+        feedforward: int = 1024,
+        points: int = 4,
+        prior_sizes: list[float] | None = None,
+        decoder_layers: int = 3,
+        queries: int = 300,
+        most_queries: int = 1500,
+        eval_queries: int = 300,
+        noise_queries: int = 100,
+        class_loss: ClassKind = "mal",
+        l1: float = 5.0,
+        giou: float = 2.0,
+        nwd: float = 0.0,
+        nwd_constant: float | None = None,
+        lr: float = 4e-4,
+        backbone_lr: float = 1.0,
+        weight_decay: float = 1e-4,
+        warmup: float = 0.05,
+        flat: float = 0.5,
+        final: float = 0.05,
+        most_detections: int = 300,
+        channels_last: bool = False,
+        compile: bool = False,
+        gradient_checkpointing: bool = False,
+        init_from: str | None = None,
+        class_names: list[str] | None = None,
+        in_channels: int | None = None,
+        image_size: list[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters({k: v for k, v in locals().items() if k not in ("self", "__class__")})
+        if lr <= 0:
+            raise InputError(f"model.lr: expected a positive number, got {lr}")
+        for name, value in (("warmup", warmup), ("flat", flat), ("final", final)):
+            if not 0 <= value <= 1:
+                raise InputError(f"model.{name}: expected a share from 0 to 1, got {value}")
+        if not 1 <= queries <= most_queries:
+            raise InputError(f"model.queries: expected 1 to most_queries ({most_queries}), got {queries}")
+        self.net: nn.Module | None = None
+        self.criterion: DetectionLoss | None = None
+        self.metrics = nn.ModuleDict()  # filled with the stages that run; holds no weights
+
+    # ---- building ------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take what only the data knows, and refuse data that the module was not made for."""
+        data = self.trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        if isinstance(data, DetectionData):
+            self._meet(data, stage)
+        for split in {"fit": ["val"], "validate": ["val"], "test": ["test"]}.get(stage, []):
+            self.metrics[split] = DetectionAP(self.class_names)
+
+    def _meet(self, data: DetectionData, stage: str) -> None:
+        h = self.hparams
+        if data.has_labels:
+            if h["class_names"] is None:
+                h["class_names"] = data.class_names
+            elif h["class_names"] != data.class_names:
+                raise InputError(f"the data has classes {data.class_names}, the model {h['class_names']}")
+        elif h["class_names"] is None:
+            raise InputError("model.class_names is unknown: name an annotated data.root, or a checkpoint")
+        h["in_channels"] = h["in_channels"] or data.hparams["channels"]
+        if stage == "fit" or h["image_size"] is None:
+            h["image_size"] = list(data.image_size)
+        if stage == "fit" and h["nwd"] > 0 and h["nwd_constant"] is None:
+            split = data.prepared("train")
+            sides = np.concatenate([np.sqrt(np.prod(b[:, 2:] - b[:, :2], axis=1)) for b in self._frame_boxes(split)])
+            h["nwd_constant"] = round(float(sides.mean()), 2) if len(sides) else 16.0
+            rank_zero_info(f"model.nwd_constant: {h['nwd_constant']} pixels, the mean side of the training boxes")
+
+    @staticmethod
+    def _frame_boxes(split: Any) -> list[Any]:
+        return [split.boxes(i).boxes for i in range(len(split))]
+
+    @property
+    def class_names(self) -> list[str]:
+        """By class index."""
+        return list(self.hparams["class_names"] or [])
+
+    def configure_model(self) -> None:
+        """Build the network."""
+        h = self.hparams
+        if self.net is not None:
+            return
+        if not h["class_names"] or h["in_channels"] is None:
+            raise InputError("model.class_names and model.in_channels are unknown: fit with a DetectionData first")
+        fresh = self._fresh
+        with torch.device("cpu"):  # Lightning calls this with the GPU as default device and moves the module afterwards
+            try:
+                self.net = build_network(
+                    num_classes=len(h["class_names"]),
+                    in_channels=h["in_channels"],
+                    backbone=h["backbone"],
+                    pretrained=h["pretrained"] if fresh and h["init_from"] is None else False,
+                    strides=h["strides"] or (8, 16, 32),
+                    hidden=h["hidden"],
+                    heads=h["heads"],
+                    feedforward=h["feedforward"],
+                    points=h["points"],
+                    prior_sizes=h["prior_sizes"],
+                    decoder_layers=h["decoder_layers"],
+                    queries=h["queries"],
+                    noise_queries=h["noise_queries"],
+                    gradient_checkpointing=h["gradient_checkpointing"],
+                    channels_last=h["channels_last"],
+                )
+            except ValueError as error:
+                raise InputError(str(error)) from error
+        if fresh and h["init_from"] is not None:
+            assert self.net is not None
+            take_weights(self.net, h["init_from"], "model.init_from", lambda name: "class" in name)
+        constant = h["nwd_constant"] if h["nwd"] > 0 else None
+        self.criterion = DetectionLoss(
+            Matcher(l1=h["l1"], giou=h["giou"], nwd=h["nwd"], nwd_constant=constant),
+            class_kind=h["class_loss"],
+            weights={"l1": h["l1"], "giou": h["giou"], "nwd": h["nwd"]},
+            nwd_constant=constant,
+        )
+
+    @property
+    def _fresh(self) -> bool:
+        """Whether this is a fit that starts without a checkpoint."""
+        trainer = self._trainer
+        return trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path is None
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Build the network first, so that a checkpoint opens outside of a Trainer too."""
+        if self.net is None:
+            self.configure_model()
+        return super().load_state_dict(state_dict, strict, assign)
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Compile, where that was asked for and a GPU is there."""
+        if not self.hparams["compile"]:
+            return
+        if self.device.type == "cuda":
+            assert self.net is not None
+            assert self.criterion is not None
+            self.net.compile()
+            self.criterion.compile_parts()
+        else:
+            rank_zero_info(f"model.compile: ignored, the device is {self.device.type}")
+
+    def on_train_start(self) -> None:
+        """Say so when a resumed optimizer goes on with other values than the command line's."""
+        h = self.hparams
+        warn_of_resumed(self.trainer.optimizers[0], lr=h["lr"], weight_decay=h["weight_decay"])
+
+    def training_step(self, batch: ReadyBatch, batch_idx: int) -> Tensor:
+        """Loss of an augmented batch."""
+        assert self.net is not None
+        assert self.criterion is not None
+        assert batch.targets is not None
+        h = self.hparams
+        budget = query_budget(batch.targets.counts, minimum=h["queries"], maximum=h["most_queries"])
+        torch.manual_seed(batch.seed)  # for the denoising queries: the state of generators is in no checkpoint
+        output: Output = self.net(batch.image, batch.mask, batch.targets, budget)
+        height, width = batch.image.shape[-2:]
+        terms = self.criterion(output, batch.targets, (height, width))
+        size = len(batch.image)
+        self.log("train/loss", terms["loss"].detach(), prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{k}": v for k, v in terms.items() if k != "loss"}, batch_size=size)
+        return terms["loss"]
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def forward(self, image: Tensor, mask: Tensor | None = None) -> Output:
+        """Logits and boxes of images (B, C, H, W) from 0 to 1, H and W multiples of the coarsest stride."""
+        if self.net is None:
+            self.configure_model()
+        assert self.net is not None
+        was = self.training
+        self.eval()
+        try:
+            return self.net(image, mask, None, self.hparams["eval_queries"])  # type: ignore[no-any-return]
+        finally:
+            self.train(was)
+
+    def detect(self, batch: ReadyBatch, split: str) -> Detections:
+        """Detections of a batch in pixels of the files."""
+        output = self(batch.image, batch.mask)
+        boxes, scores, labels = best(output.logits[-1], output.boxes[-1], self.hparams["most_detections"])
+        prepared = self.trainer.datamodule.prepared(split)  # type: ignore[attr-defined]
+        position = batch.position.tolist()
+        height, width = batch.image.shape[-2:]
+        scale = np.stack([np.array([width, height, width, height]) / prepared.scales[i] for i in position])
+        limit = np.stack([np.tile(prepared.sizes[i][::-1], 2) for i in position])
+        scale, limit = (torch.from_numpy(v).to(boxes.device, boxes.dtype)[:, None] for v in (scale, limit))
+        return Detections((boxes * scale).clamp_min(0).minimum(limit), scores, labels, position)
+
+    def _measure(self, stage: str, batch: ReadyBatch, split: str) -> Detections:
+        found = self.detect(batch, split)
+        samples = self.trainer.datamodule.prepared(split).samples  # type: ignore[attr-defined]
+        own = [samples[i] for i in found.position]
+        targets = [
+            {
+                "boxes": torch.from_numpy(s.boxes),
+                "labels": torch.from_numpy(s.labels),
+                "area": torch.from_numpy(s.area),
+                "iscrowd": torch.from_numpy(s.crowd),
+            }
+            for s in own
+        ]
+        detections = [
+            {"boxes": b, "scores": c, "labels": k}
+            for b, c, k in zip(found.boxes, found.scores, found.labels, strict=True)
+        ]
+        targets = [{k: v.to(self.device, non_blocking=True) for k, v in t.items()} for t in targets]
+        self.metrics[stage].update([s.image_id for s in own], detections, targets)  # type: ignore[operator]
+        return found
+
+    def validation_step(self, batch: ReadyBatch, batch_idx: int) -> dict[str, Any]:
+        """Average precision of whole images."""
+        return self._measure("val", batch, "val")._asdict()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures over all images."""
+        self._log("val")
+
+    def test_step(self, batch: ReadyBatch, batch_idx: int) -> dict[str, Any]:
+        """The same for the test split."""
+        return self._measure("test", batch, "test")._asdict()
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures over all images."""
+        self._log("test")
+
+    def predict_step(self, batch: ReadyBatch, batch_idx: int) -> Detections:
+        """Detections in pixels of the files."""
+        return self.detect(batch, "predict")
+
+    def _log(self, stage: str) -> None:
+        metric = self.metrics[stage]
+        if metric.update_count:  # type: ignore[union-attr]
+            values = {f"{stage}/{k}": v.float() for k, v in metric.compute().items()}  # type: ignore[operator]
+            self.log_dict(values, sync_dist=False)
+        metric.reset()  # type: ignore[operator, union-attr]
+
+    # ---- optimizers ----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW in few groups, with a schedule in shares of the whole run."""
+        h, trainer = self.hparams, self.trainer
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(("backbone" in name, parameter.ndim > 1), []).append(parameter)
+        listed = [
+            {
+                "params": own,
+                "lr": h["lr"] * (h["backbone_lr"] if of_backbone else 1.0),
+                "weight_decay": h["weight_decay"] if decays else 0.0,
+            }
+            for (of_backbone, decays), own in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
+        ]
+        optimizer = fused_adamw(listed, h["lr"], clips=bool(trainer.gradient_clip_val))
+        total = max(1, int(trainer.estimated_stepping_batches))
+
+        def factor(step: int) -> float:
+            return flat_cosine(min(1.0, (step + 1) / total), h["warmup"], h["flat"], h["final"])
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def best(logits: Tensor, boxes: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The highest scores over queries and classes.
+
+    Args:
+        logits: (B, Q, K).
+        boxes: (B, Q, 4) cx cy w h.
+        most: How many are kept at most.
+
+    Returns:
+        (B, D, 4) x1 y1 x2 y2 in the same unit, (B, D) scores from 0 to 1, (B, D) int64 labels.
+
+    Example:
+        >>> b, s, k = best(torch.tensor([[[0.0, 9], [-9, -9]]]), torch.tensor([[[0.5, 0.5, 1, 1]] * 2]), 1)
+        >>> b.tolist(), k.tolist()
+        ([[[0.0, 0.0, 1.0, 1.0]]], [[1]])
+    """
+    scores, index = logits.float().sigmoid().flatten(1).topk(min(most, logits[0].numel()))
+    query, label = index // logits.shape[2], index % logits.shape[2]
+    found = boxes.float().gather(1, query[..., None].expand(-1, -1, 4))
+    return box_convert(found, "cxcywh", "xyxy"), scores, label
