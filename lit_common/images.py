@@ -9,10 +9,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["cached_images", "decode_all", "save_array"]
+__all__ = ["cached_images", "decode_all", "save_array", "save_rgb"]
 
 log = logging.getLogger(__name__)
 Images = NDArray[np.uint8]
@@ -84,3 +85,14 @@ def save_array(path: Path, array: NDArray) -> bool:
             Path(temporary).unlink(missing_ok=True)
         return False
     return True
+
+
+def save_rgb(path: Path, image: Images) -> None:
+    """Write an RGB picture (H, W, 3).
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(path), image[:, :, ::-1]):
+        raise OSError(f"could not write {path}")

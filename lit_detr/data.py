@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_cli.errors import InputError
@@ -185,6 +186,11 @@ class DetectionData(LightningDataModule):
             self._prepared[split] = self._decode(self._samples(split))
         return self._prepared[split]
 
+    def image_of(self, sample: DetectionSample) -> NDArray[np.uint8]:
+        """(C, H, W) uint8 of a sample at its own size."""
+        drawn = self._drawn(sample)
+        return drawn if drawn is not None else read_image(sample, self.hparams["channels"]).transpose(2, 0, 1)
+
     # ---- Lightning's hooks ---------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -334,15 +340,21 @@ class DetectionData(LightningDataModule):
     def _decode(self, samples: list[DetectionSample]) -> Prepared:
         h = self.hparams
         size = len(samples) * h["channels"] * self.image_size[0] * self.image_size[1]
-        drawn = self._synthetic if samples and not samples[0].image.is_file() else None
+        drawn = bool(samples) and self._synthetic is not None and not samples[0].image.is_file()
         return prepare(
             samples,
             self.image_size,
             h["channels"],
-            None if drawn is not None else cache_folder(h["cache_dir"], "detr"),
-            read=None if drawn is None else lambda s: drawn.image(s.name).transpose(1, 2, 0),
+            None if drawn else cache_folder(h["cache_dir"], "detr"),
+            read=(lambda s: self.image_of(s).transpose(1, 2, 0)) if drawn else None,
             in_memory=fits_in_memory(h["store"], size),
         )
+
+    def _drawn(self, sample: DetectionSample) -> NDArray[np.uint8] | None:
+        """A frame of `format: synthetic`; None for files."""
+        if self._synthetic is None or sample.image.is_file():
+            return None
+        return self._synthetic.image(sample.name)
 
     def _resolve(self, split: Prepared) -> Store:
         return choose_store(self.hparams["store"], split.images.nbytes, root_device(self.trainer))

@@ -17,11 +17,13 @@ from lit_cli.errors import InputError
 from lit_common.optim import fused_adamw, warn_of_resumed
 from lit_common.schedule import flat_cosine
 from lit_common.weights import take_weights
+from lit_detr.coco import ImageResult
 from lit_detr.data import DetectionData, ReadyBatch
 from lit_detr.losses import DetectionLoss
 from lit_detr.matching import ClassKind, Matcher
 from lit_detr.metrics import DetectionAP
 from lit_detr.models import build_network, query_budget
+from lit_detr.plots import detection_picture, marks
 from lit_detr.samples import Output
 
 __all__ = ["Detections", "LitDETR"]
@@ -70,6 +72,7 @@ class LitDETR(LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass.
         init_from: Checkpoint whose weights training starts from.
         class_names: From the data. This and the rest is stored in the checkpoint.
+        category_ids: What the files call them, from the data.
         in_channels: From the data.
         image_size: [height, width], from the data.
 
@@ -110,6 +113,7 @@ class LitDETR(LightningModule):
         gradient_checkpointing: bool = False,
         init_from: str | None = None,
         class_names: list[str] | None = None,
+        category_ids: list[int] | None = None,
         in_channels: int | None = None,
         image_size: list[int] | None = None,
     ) -> None:
@@ -141,6 +145,7 @@ class LitDETR(LightningModule):
         if data.has_labels:
             if h["class_names"] is None:
                 h["class_names"] = data.class_names
+                h["category_ids"] = list(data.table.category_ids)
             elif h["class_names"] != data.class_names:
                 raise InputError(f"the data has classes {data.class_names}, the model {h['class_names']}")
         elif h["class_names"] is None:
@@ -312,6 +317,41 @@ class LitDETR(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the figures over all images."""
         self._log("test")
+
+    # ---- pictures ------------------------------------------------------------------------------------------------
+
+    def _results(self, outputs: dict[str, Any]) -> list[ImageResult]:
+        split: Any = self.trainer.datamodule.prepared(self._split)  # type: ignore[attr-defined]
+        rows = (outputs[k].double().cpu().numpy() for k in ("boxes", "scores", "labels"))
+        found = []
+        for boxes, scores, labels, position in zip(*rows, outputs["position"], strict=True):
+            s = split.samples[position]
+            truth = s.boxes.astype(np.float64), s.labels, s.area.astype(np.float64), s.crowd
+            found.append(ImageResult(s.image_id, boxes, scores, labels.astype(np.int64), *truth))
+        return found
+
+    @property
+    def _split(self) -> str:
+        return "test" if self.trainer.state.fn == TrainerFn.TESTING else "val"
+
+    def sample_scores(self, batch: ReadyBatch, outputs: dict[str, Any]) -> Tensor:
+        """How bad each image is, for `PredictionLogger`: misses and false alarms."""
+        bad = [sum(m.kind in ("miss", "false alarm") for m in marks(r)) for r in self._results(outputs)]
+        return torch.tensor(bad, dtype=torch.float32)
+
+    def plot_predictions(self, batch: ReadyBatch, outputs: dict[str, Any]) -> dict[str, Any]:
+        """Hits, misses and false alarms, with magnified crops, for `PredictionLogger`."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        samples = data.prepared(self._split).samples
+        out = {}
+        for result, position in zip(self._results(outputs), outputs["position"], strict=True):
+            sample = samples[position]
+            out["detections"] = detection_picture(
+                data.image_of(sample), marks(result), self.class_names, caption=sample.name
+            )
+        return out
+
+    # ---- prediction ----------------------------------------------------------------------------------------------
 
     def predict_step(self, batch: ReadyBatch, batch_idx: int) -> Detections:
         """Detections in pixels of the files."""

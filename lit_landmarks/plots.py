@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
+from lit_common.images import save_rgb
 from lit_landmarks.geometry import transform_points
 
 if TYPE_CHECKING:
@@ -90,13 +91,6 @@ def landmark_bars(mean: NDArray[np.floating[Any]], names: Sequence[str], unit: s
     axes.set_xlabel(f"mean radial error ({unit})")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def save_rgb(path: Path, image: NDArray[np.uint8]) -> None:
-    """Write an RGB picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), image[:, :, ::-1]):
-        raise OSError(f"could not write {path}")
 
 
 class _Seen(NamedTuple):

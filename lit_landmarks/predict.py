@@ -12,9 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_common.images import save_rgb
 from lit_landmarks.data import LandmarkData
 from lit_landmarks.geometry import transform_points
-from lit_landmarks.plots import overlay, save_rgb, to_numpy
+from lit_landmarks.plots import overlay, to_numpy
 
 HEADER = ["file", "landmark", "name", "x_px", "y_px", "x_mm", "y_mm", "score", "sd_px"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["BoxHead", "ConvNorm", "FeedForward", "Fusion", "full_precision", "recomputed", "without_counters"]
+__all__ = ["BoxHead", "ConvNorm", "FeedForward", "Fusion", "full_precision", "recomputed"]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -56,16 +56,6 @@ def recomputed(module: nn.Module, function: Callable[..., Any], *args: Any) -> A
         use_reentrant=False,
         context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module)),
     )
-
-
-def without_counters(module: nn.Module) -> None:
-    """Take the batch counters from batch normalisations with a fixed momentum, which never read them.
-
-    Each is a kernel of its own in every step: one in twenty of this network's forward pass.
-    """
-    for norm in module.modules():
-        if isinstance(norm, BATCH_NORMS) and norm.momentum is not None:
-            norm.num_batches_tracked = None
 
 
 class ConvNorm(nn.Module):

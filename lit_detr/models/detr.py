@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lit_cli.errors import InputError
 from lit_detr.models.attention import CORES, Core
 from lit_detr.models.backbone import Backbone
-from lit_detr.models.blocks import without_counters
 from lit_detr.models.decoder import Decoder, DecoderLayer
 from lit_detr.models.denoising import Denoising, Noise, attention_bias
 from lit_detr.models.encoder import HybridEncoder
@@ -71,7 +70,6 @@ class DETR(nn.Module):
         if channels_last:
             self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        without_counters(self)
         self.register_load_state_dict_pre_hook(_without_fine_level)
 
     def set_core(self, core: Core) -> None:
