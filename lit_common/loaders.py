@@ -188,9 +188,15 @@ def worker_loader(
         persistent_workers=bool(options["persistent_workers"] and workers),
         pin_memory=bool(options["pin_memory"] and torch.cuda.is_available()),
         worker_init_fn=quiet_worker,
+        collate_fn=_as_it_is,
     )
     loader.begin = begin
     return loader
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Batches are made whole; the default would make tensors of arrays that are to stay on the host."""
+    return batch
 
 
 def quiet_worker(_: int) -> None:

@@ -113,6 +113,16 @@ def test_clahe_and_blur_run_in_workers():
     assert not torch.equal(batch.image, plain)
     again = next(iter(data.train_dataloader()))
     assert torch.equal(batch.image, again.image)
+    ready = data.on_after_batch_transfer(batch, 0)
+    assert ready.targets.counts == [len(b.boxes) for b in batch.boxes]
+
+
+def test_worker_processes_give_the_same_batches():
+    here, there = drawn(store="ram"), drawn(store="ram", num_workers=2)
+    for a, b in zip(here.train_dataloader(), there.train_dataloader(), strict=True):
+        assert torch.equal(a.image, b.image)
+        first, second = (data.on_after_batch_transfer(batch, 0) for data, batch in ((here, a), (there, b)))
+        torch.testing.assert_close(first.targets.boxes, second.targets.boxes)
 
 
 def test_predicting_on_a_folder_names_what_is_damaged(coco, tmp_path):
