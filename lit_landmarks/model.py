@@ -10,19 +10,17 @@ Three families of decoder:
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lit_cli.errors import InputError
+from lit_common.weights import first_line, load_weights
 
 GUIDE_NAMES = {"hrnet": "hrnet_w32"}  # what the profiles' original guide called its backbone
 BLOCK_NAMES = ("Block", "Bottleneck", "InvertedResidual", "HighResolutionModule")
@@ -236,52 +234,6 @@ def create_timm(name: str, in_channels: int, pretrained: bool | str, **kwargs: A
     if isinstance(pretrained, str):
         load_weights(model, pretrained)
     return model
-
-
-def load_weights(module: nn.Module, path: str) -> None:
-    """Load every tensor of a weights file (`.pth`, `.ckpt`, `.safetensors`) whose name and shape fit `module`.
-
-    Raises:
-        InputError: no such file, not a weights file, or fewer than half of the module's tensors are in it.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"model.pretrained: no file {path}; expected true, false or a weights file")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state: dict[str, Tensor] = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)  # type: ignore[assignment]
-    except Exception as error:
-        raise InputError(f"model.pretrained: {path} is not a weights file ({first_line(error)})") from error
-    own = module.state_dict()
-    fitting = {name: found for name, tensor in own.items() if (found := _fitting(name, tensor, state)) is not None}
-    if len(fitting) * 2 < len(own):
-        raise InputError(
-            f"model.pretrained: {path} holds {len(fitting)} of the {len(own)} tensors of this backbone; "
-            "expected a file saved from the same architecture"
-        )
-    module.load_state_dict(fitting, strict=False)
-
-
-def _fitting(name: str, own: Tensor, state: dict[str, Tensor]) -> Tensor | None:
-    """A file's tensor for one of ours, under the names that timm and segmentation-models-pytorch give it."""
-    plain = name.removeprefix("model.")  # smp's wrapper around timm
-    # timm's feature extractors flatten their first level: stages.0 becomes stages_0.
-    names = (name, plain, re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", plain))
-    found = next((state[n] for n in names if n in state and isinstance(state[n], Tensor)), None)
-    if found is None or found.shape == own.shape:
-        return found
-    if own.ndim == 4 and own.shape[1] == 1 and found.shape == (own.shape[0], 3, *own.shape[2:]):
-        return adapt_input_conv(1, found)  # a grey image's three equal channels, summed
-    return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:

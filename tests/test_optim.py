@@ -56,3 +56,17 @@ def test_clipped_fused_steps_are_those_of_the_plain_optimizer(precision, algorit
     plain, expected = trained(False, precision, algorithm)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
     assert steps == expected == (14 if precision == "16-mixed" else 16)  # two steps overflowed
+
+
+def test_a_captured_gradient_takes_the_layout_of_its_parameter():
+    """Fused optimizers refuse another one, as a channels-last weight's gradient may have."""
+    from lit_common.graph import _laid_out_like
+
+    parameter = torch.zeros(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn(4, 3, 2, 2)
+    found = _laid_out_like(gradient, parameter)
+    assert found is not None
+    assert found.stride() == parameter.stride()
+    assert torch.equal(found, gradient)
+    assert _laid_out_like(found, parameter) is found
+    assert _laid_out_like(None, parameter) is None

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
 from lit_cli.errors import InputError
+from lit_common.weights import first_line, load_weights
 from lit_detr.models.blocks import recomputed
 
 __all__ = ["BACKBONES", "Backbone"]
@@ -61,7 +59,7 @@ class Backbone(nn.Module):
             net = _create(name, in_channels, pretrained is True, out_indices=tuple(used))
             used = list(range(len(used)))
         if isinstance(pretrained, str):
-            _load(net, pretrained)
+            load_weights(net, pretrained)
         self.net = net
         self.used = used
         self.channels_behind = _gives_channels_last(net)
@@ -86,55 +84,16 @@ def _create(name: str, in_channels: int, pretrained: bool, **kwargs: Any) -> Any
     try:
         return timm.create_model(name, features_only=True, in_chans=in_channels, pretrained=pretrained, **kwargs)
     except (OSError, ConnectionError) as error:
-        raise InputError(f"model.pretrained: no weights for {name} ({_first_line(error)}); {WAY_OUT}") from error
+        raise InputError(f"model.pretrained: no weights for {name} ({first_line(error)}); {WAY_OUT}") from error
     except (RuntimeError, AssertionError) as error:
         if pretrained and "pretrained" in str(error).lower():
-            raise InputError(f"model.pretrained: {_first_line(error)}; {WAY_OUT}") from error
-        raise InputError(f"model.backbone: {name} has no feature maps ({_first_line(error)})") from error
+            raise InputError(f"model.pretrained: {first_line(error)}; {WAY_OUT}") from error
+        raise InputError(f"model.backbone: {name} has no feature maps ({first_line(error)})") from error
 
 
 def _gives_channels_last(net: Any) -> bool:
     form = getattr(net, "output_fmt", None)
     return getattr(form, "value", form) == "NHWC"
-
-
-def _load(net: nn.Module, path: str) -> None:
-    """Load every tensor of a weights file whose name and shape fit."""
-    if not Path(path).is_file():
-        raise InputError(f"model.pretrained: no file {path}; expected true, false or a weights file")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state: dict[str, Tensor] = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)  # type: ignore[assignment]
-    except Exception as error:
-        raise InputError(f"model.pretrained: {path} is not a weights file ({_first_line(error)})") from error
-    own = net.state_dict()
-    fitting = {name: found for name, tensor in own.items() if (found := _fitting(name, tensor, state)) is not None}
-    if len(fitting) * 2 < len(own):
-        raise InputError(
-            f"model.pretrained: {path} holds {len(fitting)} of the {len(own)} tensors of this backbone; "
-            "expected a file saved from the same architecture"
-        )
-    net.load_state_dict(fitting, strict=False)
-
-
-def _fitting(name: str, own: Tensor, state: dict[str, Tensor]) -> Tensor | None:
-    # timm's feature extractors flatten their first level: stages.0 becomes stages_0.
-    names = (name, re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", name))
-    found = next((state[n] for n in names if n in state and isinstance(state[n], Tensor)), None)
-    if found is None or found.shape == own.shape:
-        return found
-    if own.ndim == 4 and found.shape == (own.shape[0], 3, *own.shape[2:]):
-        return adapt_input_conv(own.shape[1], found)  # an RGB stem for another number of channels
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:

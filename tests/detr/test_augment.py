@@ -90,6 +90,18 @@ def test_pixels_equal_a_warp_by_opencv():
         assert np.abs(result - expected).mean() < 0.01
 
 
+@pytest.mark.parametrize(("share", "kept"), [(0.49, 1), (0.51, 0)])
+def test_a_box_of_which_too_little_is_left_is_dropped(share, kept):
+    """Half of it lies beyond the left border."""
+    import lit_detr.augment as module
+
+    box = Boxes(np.array([[2, 4, 8, 10]], np.float32), np.zeros(1, np.int64))
+    piece = module._Piece(0, (0, 0, 64, 48), (1.0, 1.0), (-5.0, 0.0))
+    found = module._through(box, piece, DetectionAugmentation(min_visible=share))
+    assert found.boxes.tolist() == [[0.0, 4.0, 3.0, 10.0]] * kept
+    assert len(module._through(box, piece, DetectionAugmentation(min_visible=0.1, min_side=3.5)).boxes) == 0
+
+
 def test_crops_keep_an_object():
     images, boxes = scenes(6, 3)
     options = DetectionAugmentation(colour_p=0.0, scale=(2.0, 2.0), scale_p=1.0, keep_p=1.0, shift=0.5)
