@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from common import Results, Row, table
 from dsunet_peers import mirrored, monai_overlap, monai_windows, nnunet_predictor, version
-from dsunet_step import DTYPES, clean, compiler, measured, setup
+from steps import DTYPES, clean, compiler, measured, setup
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -15,16 +15,15 @@ Dice; without nnunetv2 its network is measured with MONAI's loss, and the row sa
 from __future__ import annotations
 
 import argparse
-import gc
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from common import Results, Row, spread, table, timed
+from common import Results, Row, table
 from dsunet_peers import dynunet, monai_loss, nearest_targets, nnunet_loss, plain_conv_unet, version
+from steps import DTYPES, clean, compiler, measured, setup
 from torch import Tensor, nn
 
 from lit_common.graph import GraphedStep
@@ -32,11 +31,9 @@ from lit_common.optim import fused_sgd
 from lit_dsunet.losses import DeepSupervisionLoss, make_loss
 from lit_dsunet.models import build_network
 
-GIB = 2**30
 FEATURES = (32, 64, 128, 256, 320, 320)
 STRIDES = (1, 2, 2, 2, 2, 2)
 FORWARD_GFLOP = {96: 402.7, 128: 954.5}  # one patch, multiplication and addition counted apart
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COLUMNS = ("side", "batch", "way", "ms", "iqr_ms", "patches_s", "tflop_s", "allocated_gb", "reserved_gb", "first_s")
 COMPILE_S = 75  # a compiled row must end before the deadline
 
@@ -106,12 +103,6 @@ FULL = (
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------
-
-
-def compiler(device: torch.device) -> Callable[..., Any]:
-    """`torch.compile` with default settings; without code generation on a CPU, where that takes a minute."""
-    options: dict[str, Any] = {"dynamic": False} if device.type == "cuda" else {"backend": "eager"}
-    return lambda target: torch.compile(target, **options)
 
 
 def replace_norms(network: nn.Module, norm: Norm) -> None:
@@ -198,45 +189,6 @@ def make_step(way: Way, side: int, batch: int, device: torch.device, tiny: bool)
     return (lambda: step(loss_of), lambda: step(repeated), count), {"remark": remark} if remark else {}
 
 
-def measured(
-    first: Callable[[], object], step: Callable[[], object], device: torch.device, tiny: bool, seconds: float = 3.0
-) -> Row:
-    """Time `step` after `first` and one of its own have run; milliseconds and the memory from there on."""
-    cuda = device.type == "cuda"
-
-    def wait() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    begin = wait()
-    first()
-    wait()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    step()
-    first_s = wait() - begin
-    begin = wait()
-    for _ in range(1 if tiny else 3):
-        step()
-    each = (wait() - begin) / (1 if tiny else 3)
-    laps = spread([1000 * s for s in timed(step, device, 2 if tiny else max(5, min(60, int(seconds / each))), 0)])
-    row: Row = {"ms": round(laps.median, 3), "iqr_ms": round(laps.iqr, 3), "first_s": round(first_s, 2)}
-    if cuda:
-        row["allocated_gb"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
-        row["reserved_gb"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
-    return row
-
-
-def clean() -> None:
-    """Free what the last row left on the device and in the compiler."""
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def run(way: Way, side: int, batch: int, device: torch.device, tiny: bool) -> Row:
     """A row's values."""
     clean()
@@ -250,15 +202,6 @@ def run(way: Way, side: int, batch: int, device: torch.device, tiny: bool) -> Ro
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
-
-
-def setup() -> torch.device:
-    """Device and numerics of all rows."""
-    warnings.filterwarnings("ignore")
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def relative(rows: Sequence[Row]) -> list[Row]:

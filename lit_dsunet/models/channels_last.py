@@ -14,15 +14,15 @@ back to torch's own operations, which compute the same.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lit_common.kernels import usable
 
 __all__ = [
     "concatenate",
@@ -40,13 +40,6 @@ __all__ = [
 FEW = 4  # image channels up to which cuDNN is not used
 MOST_CLASSES = 16
 _HALF = (torch.float16, torch.bfloat16)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's way to run on a CPU, for tests
-
-
-def usable(x: Tensor) -> bool:
-    """Whether the kernels run on this tensor's device; not while compiling, where the compiler writes its own."""
-    return _HAS_TRITON and (x.is_cuda or _INTERPRETED) and not torch.compiler.is_compiling()
 
 
 def lay_out(network: nn.Module, dims: int) -> nn.Module:

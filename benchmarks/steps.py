@@ -1,0 +1,69 @@
+"""What the benchmarks of single steps share: numerics, compilation, and a clean measurement."""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import Row, spread, timed
+
+GIB = 2**30
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def setup() -> torch.device:
+    """Device and numerics of all rows."""
+    warnings.filterwarnings("ignore")
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compiler(device: torch.device) -> Callable[..., Any]:
+    """`torch.compile` with default settings; without code generation on a CPU, where that takes a minute."""
+    options: dict[str, Any] = {"dynamic": False} if device.type == "cuda" else {"backend": "eager"}
+    return lambda target: torch.compile(target, **options)
+
+
+def measured(
+    first: Callable[[], object], step: Callable[[], object], device: torch.device, tiny: bool, seconds: float = 3.0
+) -> Row:
+    """Time `step` after `first` and one of its own have run; milliseconds and the memory from there on."""
+    cuda = device.type == "cuda"
+
+    def wait() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    begin = wait()
+    first()
+    wait()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    step()
+    first_s = wait() - begin
+    begin = wait()
+    for _ in range(1 if tiny else 3):
+        step()
+    each = (wait() - begin) / (1 if tiny else 3)
+    laps = spread([1000 * s for s in timed(step, device, 2 if tiny else max(5, min(60, int(seconds / each))), 0)])
+    row: Row = {"ms": round(laps.median, 3), "iqr_ms": round(laps.iqr, 3), "first_s": round(first_s, 2)}
+    if cuda:
+        row["allocated_gb"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
+        row["reserved_gb"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
+    return row
+
+
+def clean() -> None:
+    """Free what the last row left on the device and in the compiler."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
