@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_cli.errors import InputError
-from lit_detr.boxes import cxcywh_to_xyxy, iou_and_giou, nwd, to_pixels
+from lit_common.kernels import usable
+from lit_detr.boxes import SMALLEST, cxcywh_to_xyxy, iou_and_giou, nwd, to_pixels
 from lit_detr.samples import Output, Targets
 
 __all__ = ["ClassKind", "ClassTerm", "Matcher", "Matches", "Pending", "stack_stages"]
@@ -71,7 +72,7 @@ class ClassTerm:
     def __post_init__(self) -> None:
         if self.kind not in _DEFAULTS:
             raise InputError(f"class_kind is {self.kind!r}, expected one of {', '.join(get_args(ClassKind))}")
-        alpha, gamma = self._numbers
+        alpha, gamma = self.numbers
         top = 1.0 if self.kind == "focal" else math.inf
         if not 0 <= alpha <= top or math.isinf(alpha):
             raise InputError(
@@ -81,13 +82,14 @@ class ClassTerm:
             raise InputError(f"class_kind {self.kind}: gamma is {gamma}, expected 0 or at least 1")
 
     @property
-    def _numbers(self) -> tuple[float, float]:
+    def numbers(self) -> tuple[float, float]:
+        """Alpha and gamma."""
         alpha, gamma = _DEFAULTS[self.kind]
         return alpha if self.alpha is None else self.alpha, gamma if self.gamma is None else self.gamma
 
     def positive(self, logits: Tensor, quality: Tensor) -> Tensor:
         """As an object of this quality, 0 to 1, of the same shape and without gradient."""
-        alpha, gamma = self._numbers
+        alpha, gamma = self.numbers
         if self.kind == "focal":
             return alpha * torch.sigmoid(-logits).pow(gamma) * F.softplus(-logits)
         share = quality if self.kind == "vfl" else quality.pow(gamma)
@@ -96,7 +98,7 @@ class ClassTerm:
 
     def negative(self, logits: Tensor) -> Tensor:
         """As background."""
-        alpha, gamma = self._numbers
+        alpha, gamma = self.numbers
         if self.kind == "focal":
             return (1 - alpha) * torch.sigmoid(logits).pow(gamma) * F.softplus(logits)
         return alpha * torch.sigmoid(logits.detach()).pow(gamma) * F.softplus(logits)
@@ -201,7 +203,7 @@ class Matcher:
         alpha: float | None = None,
         gamma: float | None = None,
         nwd_constant: float | None = None,
-        memory_mib: float = 128.0,
+        memory_mib: float = 64.0,
         workers: int | None = None,
     ) -> None:
         costs = {"class_cost": class_cost, "l1": l1, "giou": giou, "nwd": nwd}
@@ -246,7 +248,8 @@ class Matcher:
             # (N, S, Q), targets first: a part of the targets is one piece of memory, and scipy likes the wide way.
             costs = torch.empty(total, stages, queries, pin_memory=cuda)
             image, row = _flat_rows(targets)
-            step = max(1, int(self.memory_mib * 2**20) // (4 * PLANES * stages * queries))
+            planes = 1 if usable(boxes) else PLANES
+            step = max(1, int(self.memory_mib * 2**20) // (4 * planes * stages * queries))
             for first in range(0, total, step):
                 part = slice(first, first + step)
                 costs[part].copy_(self._costs(logits, boxes, targets, image[part], row[part], size), non_blocking=True)
@@ -263,6 +266,8 @@ class Matcher:
         self, logits: Tensor, boxes: Tensor, targets: Targets, image: Tensor, row: Tensor, size: tuple[int, int]
     ) -> Tensor:
         """(n, S, Q) float32 of these targets with the queries of their images."""
+        if usable(boxes):
+            return self._costs_by_kernel(logits, boxes, targets, image, row, size)
         found = boxes.transpose(0, 1)[image].float()
         wanted = targets.boxes[image, row][:, None, None].float()
         terms: list[Tensor] = []
@@ -282,6 +287,29 @@ class Matcher:
         for term in terms:
             cost += term
         return cost.nan_to_num_(LARGEST, LARGEST, -LARGEST)
+
+    def _costs_by_kernel(
+        self, logits: Tensor, boxes: Tensor, targets: Targets, image: Tensor, row: Tensor, size: tuple[int, int]
+    ) -> Tensor:
+        """The same in one pass."""
+        from lit_detr.matching_kernels import pair_costs
+
+        alpha, gamma = self.term.numbers
+        return pair_costs(
+            logits,
+            boxes,
+            targets.boxes[image, row],
+            image,
+            targets.labels[image, row],
+            kind=self.term.kind,
+            factors=(self.class_cost, self.l1, self.giou, self.nwd),
+            alpha=alpha,
+            gamma=gamma,
+            size=size,
+            nwd_constant=self.nwd_constant,
+            smallest=SMALLEST,
+            largest=LARGEST,
+        )
 
 
 def check_nwd(what: str, weight: float, constant: float | None) -> None:

@@ -41,7 +41,7 @@ def build_network(
     label_noise: float = 0.25,
     box_noise: float = 1.0,
     noise_floor: float = 3.0,
-    core: Core = "grid_sample",
+    core: Core = "auto",
     gradient_checkpointing: bool = False,
     channels_last: bool = False,
 ) -> DETR:
@@ -70,7 +70,8 @@ def build_network(
         label_noise: Share of these with a random class.
         box_noise: Displacement of their sides in half widths and heights.
         noise_floor: The same in pixels, never less.
-        core: How points are read: `grid_sample`, `bag` (less memory), `gather` (for export).
+        core: How points are read: `auto` (kernels of our own on a GPU with Triton, elsewhere `grid_sample`),
+            `grid_sample`, `bag` (less memory), `gather` (for export).
         gradient_checkpointing: Recompute activations in the backward pass.
         channels_last: For the convolutions.
 

@@ -9,11 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_detr.models.geometry import Shapes, cell_counts, level_starts
+from lit_common.kernels import usable
+from lit_detr.models.blocks import autocasts
+from lit_detr.models.geometry import Shapes, cell_counts, level_starts, level_table
 
-__all__ = ["CORES", "Core", "DeformableAttention", "SelfAttention", "sample_bag", "sample_gather", "sample_grid"]
+__all__ = [
+    "CORES",
+    "Core",
+    "DeformableAttention",
+    "SelfAttention",
+    "kernels_take",
+    "sample_auto",
+    "sample_bag",
+    "sample_gather",
+    "sample_grid",
+]
 
-Core = Literal["grid_sample", "gather", "bag"]
+Core = Literal["auto", "grid_sample", "gather", "bag"]
 
 
 class SelfAttention(nn.Module):
@@ -126,7 +138,26 @@ def sample_bag(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes
     return out.view(b, queries, heads * d)
 
 
-CORES: dict[str, Sampler] = {"grid_sample": sample_grid, "gather": sample_gather, "bag": sample_bag}
+def sample_auto(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+    """Kernels of our own where they run, else `sample_grid`: see `Sampler`."""
+    if not kernels_take(value):
+        return sample_grid(value, locations, weights, shapes)
+    from lit_detr.models.attention_kernels import deformable
+
+    return deformable(value, locations, weights, level_table(shapes, value.device))
+
+
+def kernels_take(value: Tensor) -> bool:
+    """Whether `sample_auto` has a kernel for such values, which then may be of any floating type up to 32 bits."""
+    return usable(value) and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+CORES: dict[str, Sampler] = {
+    "auto": sample_auto,
+    "grid_sample": sample_grid,
+    "gather": sample_gather,
+    "bag": sample_bag,
+}
 assert set(CORES) == set(get_args(Core))
 
 
@@ -166,7 +197,7 @@ class DeformableAttention(nn.Module):
         Args:
             x: (B, Q, hidden) queries with their positions added.
             reference: (B, Q, 4) float32 boxes.
-            value: (B, heads, S, hidden / heads) float32, zero where there is no image.
+            value: (B, heads, S, hidden / heads) float32, or what the sampler takes; zero where there is no image.
             shapes: Of the levels.
             sampler: One of `CORES`.
 
@@ -182,7 +213,9 @@ class DeformableAttention(nn.Module):
         )  # (B, Q, L, 2)
         unit = (half / self.points)[:, :, None, :, None]
         locations = reference[:, :, None, None, None, :2] + offsets * unit
-        return self.output(sampler(value, locations, weights, shapes).to(x.dtype))
+        read = sampler(value, locations, weights, shapes)
+        # Under autocast the product casts by itself, and what it needs.
+        return self.output(read if autocasts(x) else read.to(x.dtype))
 
     def coarser_only(self, weight: Tensor) -> Tensor:
         """Rows of the `sampling` weight or bias of a network with one finer level that this one has as well."""

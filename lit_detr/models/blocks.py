@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["BoxHead", "ConvNorm", "FeedForward", "Fusion", "full_precision", "recomputed"]
+__all__ = ["BoxHead", "ConvNorm", "FeedForward", "Fusion", "autocasts", "full_precision", "recomputed"]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -21,6 +21,11 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     if x.device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where this tensor is; the meta device knows none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lit_detr.models.attention import CORES, Core, DeformableAttention, SelfAttention
+from lit_detr.models.attention import CORES, Core, DeformableAttention, SelfAttention, kernels_take
 from lit_detr.models.blocks import BoxHead, FeedForward, recomputed
 from lit_detr.models.geometry import BoxCoding, Shapes, refine
 from lit_detr.models.selection import prior_bias
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
         points: int = 4,
         prior: float = 0.01,
         coding: BoxCoding = "relative",
-        core: Core = "grid_sample",
+        core: Core = "auto",
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -156,12 +156,15 @@ class Decoder(nn.Module):
         return torch.stack(logits), refine(torch.stack(references[:-1]), torch.stack(deltas), self.coding)
 
     def _values(self, memory: Tensor, valid: Tensor | None) -> tuple[Tensor, ...]:
-        """Per layer (B, heads, S, D) float32, laid out so that a level is a map without another copy."""
+        """Per layer (B, heads, S, D): as they are for kernels of our own, else float32 with levels that are maps."""
         b, s, c = memory.shape
         value = self.value(memory)
         if valid is not None:
             value = value * valid[..., None]
-        value = value.view(b, s, len(self.layers), self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        value = value.view(b, s, len(self.layers), self.heads, c // self.heads)
+        if self.core == "auto" and kernels_take(value):
+            return tuple(own.transpose(1, 2) for own in value.unbind(2))
+        value = value.permute(2, 0, 3, 1, 4)
         return value.to(torch.float32, memory_format=torch.contiguous_format).contiguous().unbind(0)
 
     def _run(self, layer: nn.Module, *args: object) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_cli.errors import InputError
 from lit_detr.models.attention import CORES, Core
 from lit_detr.models.backbone import Backbone
+from lit_detr.models.blocks import autocasts
 from lit_detr.models.decoder import Decoder, DecoderLayer
 from lit_detr.models.denoising import Denoising, Noise, attention_bias
 from lit_detr.models.encoder import HybridEncoder
@@ -161,9 +162,7 @@ class DETR(nn.Module):
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """What attention computes in."""
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 def _stretch(mask: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ __all__ = [
     "inverse_sigmoid",
     "level_masks",
     "level_starts",
+    "level_table",
     "refine",
     "sine_positions",
 ]
@@ -137,6 +138,19 @@ def level_starts(shapes: Shapes, device: torch.device) -> Tensor:
     """
     sums = itertools.accumulate((h * w for h, w in shapes[:-1]), initial=0)
     return torch.cat([torch.full((1,), n, device=device) for n in sums])
+
+
+@_kept
+def level_table(shapes: Shapes, device: torch.device) -> Tensor:
+    """(L, 3) int32: rows, columns and first cell of each level.
+
+    Example:
+        >>> level_table(((4, 5), (2, 3)), torch.device("cpu")).tolist()
+        [[4, 5, 0], [2, 3, 20]]
+    """
+    firsts = itertools.accumulate((h * w for h, w in shapes[:-1]), initial=0)
+    numbers = [n for (h, w), first in zip(shapes, firsts, strict=True) for n in (h, w, first)]
+    return torch.cat([torch.full((1,), n, device=device, dtype=torch.int32) for n in numbers]).view(-1, 3)
 
 
 @_kept
