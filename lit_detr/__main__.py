@@ -1,25 +1,56 @@
-"""`lit-detr fit | validate | test | predict`, from a shell, a test or a notebook."""
+"""`lit-detr fit | validate | test | predict | export`, from a shell, a test or a notebook."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
-from typing import ClassVar
+from importlib.util import find_spec
+from typing import Any, ClassVar
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before anything imports albumentations
 
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lit_callbacks import PredictionLogger
 
-from lit_cli.cli import LitCLI, run
+from lit_cli.cli import LitCLI, one_line, run
+from lit_cli.errors import InputError
 from lit_detr.data import DetectionData
 from lit_detr.module import LitDETR
 from lit_detr.predict import DetectionWriter
+
+MLFLOW = ("mlflow", "sqlalchemy", "alembic")  # the last two where it writes into a database itself
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 class DetectionCLI(LitCLI):
     """The shared command line with the groups `plots` and `predictions`."""
 
     groups: ClassVar = {"plots": PredictionLogger, "predictions": DetectionWriter}
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a logger whose package is missing, which would otherwise end in a page about types."""
+        super().before_instantiate_classes()
+        loggers = self._get(self.config, "trainer.logger")
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if isinstance(logger, Namespace) and str(logger.get("class_path")).endswith("MLFlowLogger"):
+                address = str(logger.get("init_args.tracking_uri"))
+                needed = MLFLOW if address.startswith(DATABASES) else MLFLOW[:1]
+                missing = [name for name in needed if find_spec(name) is None]
+                if missing:
+                    raise InputError(
+                        f"trainer.logger: MLFlowLogger needs {' and '.join(missing)}, not installed here: "
+                        "pip install 'lit-vision-tasks[mlflow]'"
+                    )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Put TensorBoard before loggers that have no folder: checkpoints, config and pictures go into its one."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if trainer.loggers and not isinstance(trainer.loggers[0], CSVLogger | TensorBoardLogger):
+            trainer.loggers = [TensorBoardLogger(trainer.default_root_dir), *trainer.loggers]
+        return trainer
 
 
 def main(args: Sequence[str] | None = None) -> DetectionCLI:
@@ -35,8 +66,14 @@ def main(args: Sequence[str] | None = None) -> DetectionCLI:
 
 
 def console() -> None:
-    """Entry point of the console script."""
-    main()  # its value would become the exit status
+    """Entry point of the console script: the Trainer's subcommands, and `export`."""
+    args = sys.argv[1:]
+    if args and args[0] == "export":
+        from lit_detr.export import export_main
+
+        one_line("lit_detr", lambda: export_main(args[1:]))
+    else:
+        main()  # its value would become the exit status
 
 
 if __name__ == "__main__":

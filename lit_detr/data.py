@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,54 +16,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_cli.errors import InputError
-from lit_common.loaders import IndexLoader, ResumableLoader, epoch_batches, worker_loader
+from lit_common.loaders import EpochBatches, IndexLoader, ResumableLoader, epoch_batches, worker_loader
 from lit_common.store import Store, batches_done, cache_folder, choose_store, fits_in_memory, root_device
 from lit_common.validation import without_validation
-from lit_detr.augment import Boxes, DetectionAugmentation, WorkerAugmentation, augment_batch
+from lit_detr.augment import DetectionAugmentation, WorkerAugmentation, augment_batch
+from lit_detr.batches import ReadyBatch, to_targets
 from lit_detr.readers import Difficult, Fix, Format, find_images, make_reader
-from lit_detr.samples import DetectionSample, DetectionTable, Targets, pack_targets
+from lit_detr.samples import DetectionSample, DetectionTable
+from lit_detr.sliced import Slicing
 from lit_detr.store import BatchDataset, DetectionBatch, Prepared, Resident, prepare, read_image
 from lit_detr.synthetic import SyntheticDetections
+from lit_detr.tile_store import (
+    ResidentWhole,
+    TileBatches,
+    WholeBatch,
+    WholeDataset,
+    WholeImages,
+    WholeStream,
+    prepare_tiles,
+    prepare_whole,
+    sized,
+)
+from lit_detr.tiles import Pieces, TileIndex, checked_tile, tile_view
+from lit_detr.video import Clip, Frame, FrameReader, Stream, StreamLoader, find_videos, is_video, open_clip
 
-__all__ = ["DetectionData", "ReadyBatch", "to_targets"]
+__all__ = ["DetectionData"]
 
-
-class ReadyBatch(NamedTuple):
-    """What the network gets.
-
-    Attributes:
-        image: (B, C, H, W) float32 from 0 to 1.
-        mask: (B, H, W) bool, true where the frame is image; None where all of it is.
-        targets: Packed boxes; None for images without annotations.
-        position: (B,) int64 on the host, in the split.
-        seed: What is random in the step follows from it, so that a resumed run takes the same one.
-    """
-
-    image: Tensor
-    mask: Tensor | None
-    targets: Targets | None
-    position: Tensor
-    seed: int
-
-
-def to_targets(boxes: Sequence[Boxes], frame: tuple[int, int], device: torch.device) -> Targets:
-    """Pack boxes in frame pixels as shares of the frame, and send them without waiting.
-
-    Example:
-        >>> box = Boxes(np.array([[0, 0, 8, 4]], np.float32), np.array([2]))
-        >>> to_targets([box], (8, 16), torch.device("cpu")).boxes[0, 0].tolist()
-        [0.25, 0.25, 0.5, 0.5]
-    """
-    height, width = frame
-    shares = []
-    for own in boxes:
-        b = torch.from_numpy(own.boxes) / torch.tensor([width, height, width, height])
-        shares.append(torch.cat([(b[:, :2] + b[:, 2:]) / 2, b[:, 2:] - b[:, :2]], dim=1))
-    packed = pack_targets(shares, [torch.from_numpy(own.labels) for own in boxes])
-    if device.type == "cuda":  # pinned, or the copy would wait
-        pinned = (t.pin_memory() for t in packed[:3])
-        packed = Targets(*pinned, packed.counts)  # type: ignore[call-arg]
-    return packed.to(device)
+FULL_BATCHES = 4  # of tiles, in each batch of whole images
 
 
 class DetectionData(LightningDataModule):
@@ -80,8 +58,17 @@ class DetectionData(LightningDataModule):
         data_classes: Names of the classes where the files do not say them.
         image_size: One side, or [height, width], of the frame that the network sees, multiples of 32. Images are scaled
             to fit, never distorted.
+        tile: One side, or [height, width] in the proportions of `image_size`, of the tiles that images are cut into, in
+            pixels of the files; each is fitted to `image_size`. Training images are then tiles; evaluation cuts on the
+            device, merges what the tiles saw, and judges whole images. None for no tiles.
+        tile_overlap: Share of a tile that the next one covers again.
+        tile_min_visible: Share of a box from which on it counts in a tile.
+        tile_pieces: What becomes of smaller shares: `crowd`, and tiles with nothing else are left out; or `drop`, and
+            they are background.
+        tile_whole: In evaluation, look at the whole image as well, for objects longer than the overlap.
+        empty_tiles: Share of tiles without objects in an epoch, as far as there are so many; others in every epoch.
         channels: 1 or 3.
-        batch_size: Images per step.
+        batch_size: Images, or tiles, per step.
         eval_batch_size: In evaluation; by default the same.
         holdout: Share of the training groups that is held out where the data has no `val` split.
         test_split: What `test` evaluates; `auto` is the test split if there is one, else `val`.
@@ -95,7 +82,7 @@ class DetectionData(LightningDataModule):
         persistent_workers: Keep workers between epochs.
         pin_memory: Page-locked batches.
         drop_last: Leave out a last training batch that is not full.
-        predict_dir: File or folder of images to predict on.
+        predict_dir: File or folder of images and videos to predict on; videos are read as a stream, in any store.
         synthetic_train: Images drawn by `format: synthetic`.
         synthetic_val: Of these, held out.
         synthetic_test: Of these, beside the others.
@@ -107,7 +94,7 @@ class DetectionData(LightningDataModule):
     """
 
     # Taken from a checkpoint unless the command line says otherwise: evaluation must see what training saw.
-    checkpoint_fields = ("image_size", "channels")
+    checkpoint_fields = ("image_size", "channels", "tile", "tile_overlap", "tile_whole")
 
     def __init__(
         self,
@@ -119,6 +106,12 @@ class DetectionData(LightningDataModule):
         difficult: Difficult = "crowd",
         data_classes: list[str] | None = None,
         image_size: int | list[int] = 640,
+        tile: int | list[int] | None = None,
+        tile_overlap: float = 0.25,
+        tile_min_visible: float = 0.5,
+        tile_pieces: Pieces = "crowd",
+        tile_whole: bool = False,
+        empty_tiles: float = 0.2,
         channels: Literal[1, 3] = 3,
         batch_size: int = 16,
         eval_batch_size: int | None = None,
@@ -150,6 +143,11 @@ class DetectionData(LightningDataModule):
         self.save_hyperparameters(values, logger=False)
         self._augment: DetectionAugmentation | None = augment
         self.image_size = _frame(image_size)
+        self.tile = None if tile is None else checked_tile(tile, tile_overlap, self.image_size, "data.")
+        if not 0 <= tile_min_visible <= 1:
+            raise InputError(f"data.tile_min_visible: expected a share from 0 to 1, got {tile_min_visible}")
+        if not 0 <= empty_tiles < 1:
+            raise InputError(f"data.empty_tiles: expected 0 or more and below 1, got {empty_tiles}")
         for name in ("batch_size", "synthetic_train", "synthetic_val"):
             if values[name] < 1:
                 raise InputError(f"data.{name}: expected 1 or more, got {values[name]}")
@@ -158,8 +156,10 @@ class DetectionData(LightningDataModule):
         self._table: DetectionTable | None = None
         self._synthetic: SyntheticDetections | None = None
         self._prepared: dict[str, Prepared] = {}
+        self._tiles: TileIndex | None = None  # of the training split
         self._on_device: dict[tuple[str, torch.device], Resident] = {}
         self._during_fit = ExitStack()
+        self._reader = FrameReader(channels)
 
     # ---- what the module asks ------------------------------------------------------------------------------------
 
@@ -181,13 +181,40 @@ class DetectionData(LightningDataModule):
         return list(self.table.class_names)
 
     def prepared(self, split: str) -> Prepared:
-        """The decoded split: `train`, `val`, `test` or `predict`."""
+        """A split, decoded: `train`, `val`, `test` or `predict`; with tiles, those of `train`, else whole images."""
         if split not in self._prepared:
-            self._prepared[split] = self._decode(self._samples(split))
+            if self.tile is None:
+                self._prepared[split] = self._decode(self._samples(split))
+            else:
+                self._prepared[split] = self._cut() if split == "train" else self._whole(split)
         return self._prepared[split]
 
+    def slicing(self, most: int, *, pad_batches: bool = False) -> Slicing:
+        """How evaluation cuts images.
+
+        Args:
+            most: Detections of a tile that count.
+            pad_batches: Give the network full batches only.
+        """
+        assert self.tile is not None
+        h = self.hparams
+        return Slicing(
+            tile=self.tile,
+            overlap=h["tile_overlap"],
+            frame=self.image_size,
+            batch=h["eval_batch_size"] or h["batch_size"],
+            whole=h["tile_whole"],
+            most=most,
+            pad_batches=pad_batches,
+        )
+
     def image_of(self, sample: DetectionSample) -> NDArray[np.uint8]:
-        """(C, H, W) uint8 of a sample at its own size."""
+        """(C, H, W) uint8 of a sample at its own size; frames of a video are best asked for in order."""
+        if isinstance(sample, Frame):
+            found = self._reader.read(sample, sample.index)
+            if found is None:
+                raise InputError(f"{sample.image}: no frame {sample.index}")
+            return found[0].transpose(2, 0, 1)
         drawn = self._drawn(sample)
         return drawn if drawn is not None else read_image(sample, self.hparams["channels"]).transpose(2, 0, 1)
 
@@ -209,10 +236,8 @@ class DetectionData(LightningDataModule):
     def train_dataloader(self) -> IndexLoader | ResumableLoader:
         """Batches of the training split, in an order that depends on the seed and the epoch alone."""
         h, split = self.hparams, self.prepared("train")
-        if len(split) < 1:
-            raise InputError("data: no training images are left after the hold-out")
-        size, begin = min(h["batch_size"], len(split)), partial(batches_done, self.trainer)
-        sampler = epoch_batches(self.trainer, len(split), size, seed=h["seed"], shuffle=True, drop_last=h["drop_last"])
+        begin = partial(batches_done, self.trainer)
+        sampler = self._order(split)
         in_workers = h["clahe_p"] > 0 or h["motion_blur_p"] > 0
         if not in_workers and self._resolve(split) == "gpu":
             return IndexLoader(self._resident("train"), sampler, begin)
@@ -232,7 +257,9 @@ class DetectionData(LightningDataModule):
         return self._in_order("predict")
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move the images; all else is read on the host."""
+        """Move the images; all else is read on the host. Whole images move one by one, when they are cut."""
+        if isinstance(batch, WholeBatch):
+            return batch
         if not isinstance(batch, DetectionBatch):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         return batch._replace(image=batch.image.to(device, non_blocking=True))
@@ -255,6 +282,7 @@ class DetectionData(LightningDataModule):
         """Release the device memory of the resident splits, and the Trainer."""
         self._on_device.clear()
         self._during_fit.close()
+        self._reader.close()
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
@@ -318,37 +346,77 @@ class DetectionData(LightningDataModule):
     def _unlabelled(self, path: Path) -> list[DetectionSample]:
         if not path.exists():
             raise InputError(f"data.predict_dir: no file or folder {path}")
-        files = [path] if path.is_file() else find_images(path)
+        files = [path] if path.is_file() else sorted({*find_images(path), *find_videos(path)})
         if not files:
-            raise InputError(f"data.predict_dir: no image in {path}")
+            raise InputError(f"data.predict_dir: no image and no video in {path}")
         found, bad = [], []
         empty = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool)
         for i, file in enumerate(files):
             name = file.name if path.is_file() else str(file.relative_to(path))
             sample = DetectionSample(name, file, *empty, size=None, image_id=i, group=name)
             try:
-                read_image(sample, int(self.hparams["channels"]))
+                if is_video(file):
+                    sample = open_clip(file, name, i)
+                else:
+                    read_image(sample, int(self.hparams["channels"]))
             except InputError as error:  # one damaged file must not cost the predictions of a whole folder
                 bad.append(str(error))
                 rank_zero_warn(f"left out: {error}", category=UserWarning)
             else:
                 found.append(sample)
         if not found:
-            raise InputError(f"data.predict_dir: no readable image; the first: {bad[0]}")
+            raise InputError(f"data.predict_dir: no readable image or video; the first: {bad[0]}")
         return found
 
     def _decode(self, samples: list[DetectionSample]) -> Prepared:
         h = self.hparams
+        if any(isinstance(s, Clip) for s in samples):
+            return Stream(samples, self.image_size, h["channels"])
         size = len(samples) * h["channels"] * self.image_size[0] * self.image_size[1]
+        return prepare(samples, self.image_size, h["channels"], **self._source(samples, size))
+
+    def _source(self, samples: list[DetectionSample], size: int) -> dict[str, Any]:
+        """Where samples come from and go to, as `prepare` and its like want it."""
         drawn = bool(samples) and self._synthetic is not None and not samples[0].image.is_file()
-        return prepare(
-            samples,
-            self.image_size,
-            h["channels"],
-            None if drawn else cache_folder(h["cache_dir"], "detr"),
-            read=(lambda s: self.image_of(s).transpose(1, 2, 0)) if drawn else None,
-            in_memory=fits_in_memory(h["store"], size),
+        return {
+            "cache_dir": None if drawn else cache_folder(self.hparams["cache_dir"], "detr"),
+            "read": (lambda s: self.image_of(s).transpose(1, 2, 0)) if drawn else None,
+            "in_memory": fits_in_memory(self.hparams["store"], size),
+        }
+
+    def _order(self, split: Prepared) -> EpochBatches:
+        h, trainer = self.hparams, self.trainer
+        if len(split) < 1:
+            raise InputError("data: no training images are left after the hold-out")
+        options: dict[str, Any] = {"seed": h["seed"], "drop_last": h["drop_last"]}
+        if self._tiles is None:
+            return epoch_batches(trainer, len(split), min(h["batch_size"], len(split)), shuffle=True, **options)
+        options |= {} if trainer is None else {"rank": trainer.global_rank, "world": trainer.world_size}
+        return TileBatches(self._tiles, h["batch_size"], empty_share=h["empty_tiles"], **options)
+
+    def _cut(self) -> Prepared:
+        """The tiles of the training split."""
+        h, samples = self.hparams, sized(self._samples("train"))
+        assert self.tile is not None
+        table = DetectionTable({"train": samples}, [])
+        options = {"min_visible": h["tile_min_visible"], "pieces": h["tile_pieces"]}
+        index = self._tiles = tile_view(table, self.tile, h["tile_overlap"], **options)["train"]
+        size = len(index) * h["channels"] * self.image_size[0] * self.image_size[1]
+        rank_zero_info(
+            f"train: {len(samples)} images are {len(index)} tiles, {int(index.empty.sum())} of them without objects"
         )
+        return prepare_tiles(index, samples, self.image_size, h["channels"], **self._source(samples, size))
+
+    def _whole(self, split: str) -> WholeImages | WholeStream:
+        """A split at the sizes of its files; images to predict on are read when they are needed, each only once."""
+        h, samples = self.hparams, self._samples(split)
+        if any(isinstance(s, Clip) for s in samples):
+            return WholeStream(samples, self.image_size, h["channels"])
+        if split == "predict" and h["predict_dir"] is not None:
+            return WholeImages.to_read(samples, h["channels"], self.image_of)
+        samples = sized(samples)
+        size = h["channels"] * sum(s.size[0] * s.size[1] for s in samples if s.size is not None)
+        return prepare_whole(samples, h["channels"], **self._source(samples, size))
 
     def _drawn(self, sample: DetectionSample) -> NDArray[np.uint8] | None:
         """A frame of `format: synthetic`; None for files."""
@@ -363,14 +431,26 @@ class DetectionData(LightningDataModule):
         key = (split, root_device(self.trainer))
         if key not in self._on_device:
             prepared = self.prepared(split)
-            self._on_device[key] = Resident(prepared, key[1])
+            kind = ResidentWhole if isinstance(prepared, WholeImages) else Resident
+            self._on_device[key] = kind(prepared, key[1])
             rank_zero_info(f"{split}: {len(prepared)} images, {prepared.images.nbytes / 2**20:.0f} MiB on {key[1]}")
         return self._on_device[key]
 
-    def _in_order(self, split: str) -> IndexLoader | ResumableLoader:
+    def _in_order(self, split: str) -> IndexLoader | ResumableLoader | StreamLoader:
         h, prepared = self.hparams, self.prepared(split)
         size = h["eval_batch_size"] or h["batch_size"]
+        whole = isinstance(prepared, (WholeImages, WholeStream))
+        if whole:  # as many images as fill some batches with their tiles: only the last one is not full
+            size = max(1, round(FULL_BATCHES * size / prepared.mean(self.slicing(1).count)))
+        if isinstance(prepared, Stream):
+            rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+            ahead, pin = (h["prefetch_factor"] if h["num_workers"] else 0), h["pin_memory"] and not whole
+            return StreamLoader(
+                prepared, size, ahead=ahead, pin=pin and torch.cuda.is_available(), rank=rank, world=world
+            )
         sampler = epoch_batches(self.trainer, len(prepared), size, shuffle=False, drop_last=False)
+        if isinstance(prepared, WholeImages) and (prepared.read is not None or self._resolve(prepared) != "gpu"):
+            return worker_loader(WholeDataset(prepared), sampler, h)
         if self._resolve(prepared) == "gpu":
             return IndexLoader(self._resident(split), sampler)
         return worker_loader(BatchDataset(prepared), sampler, h)

@@ -6,31 +6,46 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch._dynamo
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchvision.ops import box_convert
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from lit_cli.errors import InputError
+from lit_common.graph import GraphedCall, graphs_allowed
 from lit_common.optim import fused_adamw, warn_of_resumed
 from lit_common.schedule import flat_cosine
 from lit_common.weights import take_weights
+from lit_detr.batches import ReadyBatch
 from lit_detr.coco import ImageResult
-from lit_detr.data import DetectionData, ReadyBatch
+from lit_detr.data import DetectionData
 from lit_detr.losses import DetectionLoss
 from lit_detr.matching import ClassKind, Matcher
 from lit_detr.metrics import DetectionAP
 from lit_detr.models import build_network, query_budget
 from lit_detr.plots import detection_picture, marks
-from lit_detr.samples import Output
+from lit_detr.samples import BUCKET, Output, Targets
+from lit_detr.sliced import best
+from lit_detr.tile_store import WholeBatch
 
 __all__ = ["Detections", "LitDETR"]
 
 
+COMPILED_SHAPES = 64
+STRIDES = (8, 16, 32)
+LEAST_PRIOR = 2.0  # px
+
+
 class Detections(NamedTuple):
-    """What evaluation of a batch gives, image by image, best first."""
+    """What evaluation of a batch gives, image by image, best first.
+
+    Where the images of a batch have different numbers, rows beyond an image's own have a score of minus infinity.
+    """
 
     boxes: Tensor  # (B, D, 4) x1 y1 x2 y2 in pixels of the file
     scores: Tensor  # (B, D)
@@ -49,12 +64,14 @@ class LitDETR(LightningModule):
         heads: Of attention.
         feedforward: Inner width of the linear layers beside attention.
         points: Points that a head reads per level.
-        prior_sizes: Side in pixels of the boxes that the cells of each level begin with.
+        prior_sizes: Side in pixels of the boxes that the cells of each level begin with, finest first; null takes
+            quantiles of the training boxes' sides.
         decoder_layers: How often boxes are refined.
         queries: Fewest queries.
         most_queries: Most of them, where a batch has many boxes.
         eval_queries: Of evaluation, which cannot know how many boxes there are.
         noise_queries: Denoising queries in training, 0 for none.
+        noise_weight: Factor of their loss.
         class_loss: `focal`, `vfl` or `mal`.
         l1: Factor of the loss, and of the cost in matching.
         giou: Of both.
@@ -69,6 +86,8 @@ class LitDETR(LightningModule):
         most_detections: Detections kept per image.
         channels_last: NHWC memory format of the convolutions.
         compile: Compile the network; only on a GPU.
+        cuda_graph: Replay the network's forward and backward pass as CUDA graphs, one pair for each number of queries;
+            only on one GPU.
         gradient_checkpointing: Recompute activations in the backward pass.
         init_from: Checkpoint whose weights training starts from.
         class_names: From the data. This and the rest is stored in the checkpoint.
@@ -96,6 +115,7 @@ class LitDETR(LightningModule):
         most_queries: int = 1500,
         eval_queries: int = 300,
         noise_queries: int = 100,
+        noise_weight: float = 1.0,
         class_loss: ClassKind = "mal",
         l1: float = 5.0,
         giou: float = 2.0,
@@ -110,6 +130,7 @@ class LitDETR(LightningModule):
         most_detections: int = 300,
         channels_last: bool = False,
         compile: bool = False,
+        cuda_graph: bool = False,
         gradient_checkpointing: bool = False,
         init_from: str | None = None,
         class_names: list[str] | None = None,
@@ -128,6 +149,7 @@ class LitDETR(LightningModule):
             raise InputError(f"model.queries: expected 1 to most_queries ({most_queries}), got {queries}")
         self.net: nn.Module | None = None
         self.criterion: DetectionLoss | None = None
+        self._graph: GraphedCall | None = None
         self.metrics = nn.ModuleDict()  # filled with the stages that run; holds no weights
 
     # ---- building ------------------------------------------------------------------------------------------------
@@ -137,6 +159,12 @@ class LitDETR(LightningModule):
         data = self.trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
         if isinstance(data, DetectionData):
             self._meet(data, stage)
+        if stage == "fit" and self._trainer is not None and str(self.trainer.precision).startswith("16"):
+            rank_zero_warn(
+                f"trainer.precision {self.trainer.precision}: float16 overflows on images with many small objects; "
+                "bf16-mixed does not, and 32-true where the GPU has no bfloat16",
+                category=UserWarning,
+            )
         for split in {"fit": ["val"], "validate": ["val"], "test": ["test"]}.get(stage, []):
             self.metrics[split] = DetectionAP(self.class_names)
 
@@ -153,15 +181,22 @@ class LitDETR(LightningModule):
         h["in_channels"] = h["in_channels"] or data.hparams["channels"]
         if stage == "fit" or h["image_size"] is None:
             h["image_size"] = list(data.image_size)
-        if stage == "fit" and h["nwd"] > 0 and h["nwd_constant"] is None:
-            split = data.prepared("train")
-            sides = np.concatenate([np.sqrt(np.prod(b[:, 2:] - b[:, :2], axis=1)) for b in self._frame_boxes(split)])
-            h["nwd_constant"] = round(float(sides.mean()), 2) if len(sides) else 16.0
-            rank_zero_info(f"model.nwd_constant: {h['nwd_constant']} pixels, the mean side of the training boxes")
+        if stage == "fit":
+            self._measure_boxes(data)
 
-    @staticmethod
-    def _frame_boxes(split: Any) -> list[Any]:
-        return [split.boxes(i).boxes for i in range(len(split))]
+    def _measure_boxes(self, data: DetectionData) -> None:
+        """Sizes that begin with what the training boxes have."""
+        h, split = self.hparams, data.prepared("train")
+        boxes = [split.boxes(i).boxes for i in range(len(split))]
+        sides = np.concatenate([np.sqrt(np.prod(b[:, 2:] - b[:, :2], axis=1)) for b in boxes]) if boxes else np.zeros(0)
+        if not len(sides):
+            return
+        if h["prior_sizes"] is None:
+            h["prior_sizes"] = prior_sizes(sides, len(h["strides"] or STRIDES))
+            rank_zero_info(f"model.prior_sizes: {h['prior_sizes']} pixels, quantiles of the training boxes' sides")
+        if h["nwd"] > 0 and h["nwd_constant"] is None:
+            h["nwd_constant"] = round(float(sides.mean()), 2)
+            rank_zero_info(f"model.nwd_constant: {h['nwd_constant']} pixels, the mean side of the training boxes")
 
     @property
     def class_names(self) -> list[str]:
@@ -183,7 +218,7 @@ class LitDETR(LightningModule):
                     in_channels=h["in_channels"],
                     backbone=h["backbone"],
                     pretrained=h["pretrained"] if fresh and h["init_from"] is None else False,
-                    strides=h["strides"] or (8, 16, 32),
+                    strides=h["strides"] or STRIDES,
                     hidden=h["hidden"],
                     heads=h["heads"],
                     feedforward=h["feedforward"],
@@ -206,6 +241,7 @@ class LitDETR(LightningModule):
             class_kind=h["class_loss"],
             weights={"l1": h["l1"], "giou": h["giou"], "nwd": h["nwd"]},
             nwd_constant=constant,
+            denoising=h["noise_weight"],
         )
 
     @property
@@ -223,16 +259,23 @@ class LitDETR(LightningModule):
     # ---- training ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Compile, where that was asked for and a GPU is there."""
-        if not self.hparams["compile"]:
-            return
-        if self.device.type == "cuda":
-            assert self.net is not None
-            assert self.criterion is not None
-            self.net.compile()
-            self.criterion.compile_parts()
-        else:
-            rank_zero_info(f"model.compile: ignored, the device is {self.device.type}")
+        """Compile and capture, where that was asked for and a GPU is there."""
+        assert self.net is not None
+        assert self.criterion is not None
+        if self.hparams["compile"]:
+            if self.device.type == "cuda":
+                # A graph for each width of the targets and number of queries: one for all would be slower.
+                torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
+                self.net.compile(dynamic=False)
+                self.criterion.compile_parts(dynamic=False)
+            else:
+                rank_zero_info(f"model.compile: ignored, the device is {self.device.type}")
+        wanted = self.hparams["cuda_graph"] and graphs_allowed(self)
+        self._graph = GraphedCall(self._outputs, self.net) if wanted else None
+
+    def on_fit_end(self) -> None:
+        """Give back the graphs' memory."""
+        self._graph = None
 
     def on_train_start(self) -> None:
         """Say so when a resumed optimizer goes on with other values than the command line's."""
@@ -247,13 +290,30 @@ class LitDETR(LightningModule):
         h = self.hparams
         budget = query_budget(batch.targets.counts, minimum=h["queries"], maximum=h["most_queries"])
         torch.manual_seed(batch.seed)  # for the denoising queries: the state of generators is in no checkpoint
-        output: Output = self.net(batch.image, batch.mask, batch.targets, budget)
+        output = self._network_output(batch.image, batch.mask, batch.targets, budget)
         height, width = batch.image.shape[-2:]
         terms = self.criterion(output, batch.targets, (height, width))
         size = len(batch.image)
         self.log("train/loss", terms["loss"].detach(), prog_bar=True, batch_size=size)
         self.log_dict({f"train/{k}": v for k, v in terms.items() if k != "loss"}, batch_size=size)
         return terms["loss"]
+
+    def _network_output(self, image: Tensor, mask: Tensor | None, targets: Targets, budget: int) -> Output:
+        """By replaying a graph where there is one."""
+        assert self.net is not None
+        wide = widened(targets) if self._graph is not None or self.hparams["compile"] else targets
+        if self._graph is None or mask is not None:
+            # Without the numbers on the host, which the network does not read but a compiler would take for constants.
+            return self.net(image, mask, wide._replace(counts=[]), budget)  # type: ignore[no-any-return]
+        return Output(*self._graph(image, wide.boxes, wide.labels, wide.lengths, queries=budget))
+
+    def _outputs(
+        self, image: Tensor, boxes: Tensor, labels: Tensor, lengths: Tensor, queries: int
+    ) -> tuple[Tensor, ...]:
+        """What is captured."""
+        assert self.net is not None
+        output: Output = self.net(image, None, Targets(boxes, labels, lengths, []), queries)
+        return tuple(x for x in output if x is not None)
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
@@ -269,8 +329,10 @@ class LitDETR(LightningModule):
         finally:
             self.train(was)
 
-    def detect(self, batch: ReadyBatch, split: str) -> Detections:
+    def detect(self, batch: ReadyBatch | WholeBatch, split: str) -> Detections:
         """Detections of a batch in pixels of the files."""
+        if isinstance(batch, WholeBatch):
+            return self._detect_sliced(batch)
         output = self(batch.image, batch.mask)
         boxes, scores, labels = best(output.logits[-1], output.boxes[-1], self.hparams["most_detections"])
         prepared = self.trainer.datamodule.prepared(split)  # type: ignore[attr-defined]
@@ -281,7 +343,18 @@ class LitDETR(LightningModule):
         scale, limit = (torch.from_numpy(v).to(boxes.device, boxes.dtype)[:, None] for v in (scale, limit))
         return Detections((boxes * scale).clamp_min(0).minimum(limit), scores, labels, position)
 
-    def _measure(self, stage: str, batch: ReadyBatch, split: str) -> Detections:
+    def _detect_sliced(self, batch: WholeBatch) -> Detections:
+        """The same of whole images, which are cut into tiles on the device."""
+        h, data = self.hparams, self.trainer.datamodule  # type: ignore[attr-defined]
+        compiled = h["compile"] and self.device.type == "cuda"
+        found = data.slicing(h["most_detections"], pad_batches=compiled).detect(self, batch.image, self.device)
+        boxes, scores, labels = (
+            pad_sequence([getattr(f, name) for f in found], batch_first=True, padding_value=value)
+            for name, value in (("boxes", 0.0), ("scores", -torch.inf), ("labels", 0))
+        )
+        return Detections(boxes, scores, labels, batch.position.tolist())
+
+    def _measure(self, stage: str, batch: ReadyBatch | WholeBatch, split: str) -> Detections:
         found = self.detect(batch, split)
         samples = self.trainer.datamodule.prepared(split).samples  # type: ignore[attr-defined]
         own = [samples[i] for i in found.position]
@@ -302,7 +375,7 @@ class LitDETR(LightningModule):
         self.metrics[stage].update([s.image_id for s in own], detections, targets)  # type: ignore[operator]
         return found
 
-    def validation_step(self, batch: ReadyBatch, batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: ReadyBatch | WholeBatch, batch_idx: int) -> dict[str, Any]:
         """Average precision of whole images."""
         return self._measure("val", batch, "val")._asdict()
 
@@ -310,7 +383,7 @@ class LitDETR(LightningModule):
         """Log the figures over all images."""
         self._log("val")
 
-    def test_step(self, batch: ReadyBatch, batch_idx: int) -> dict[str, Any]:
+    def test_step(self, batch: ReadyBatch | WholeBatch, batch_idx: int) -> dict[str, Any]:
         """The same for the test split."""
         return self._measure("test", batch, "test")._asdict()
 
@@ -327,19 +400,20 @@ class LitDETR(LightningModule):
         for boxes, scores, labels, position in zip(*rows, outputs["position"], strict=True):
             s = split.samples[position]
             truth = s.boxes.astype(np.float64), s.labels, s.area.astype(np.float64), s.crowd
-            found.append(ImageResult(s.image_id, boxes, scores, labels.astype(np.int64), *truth))
+            own = np.isfinite(scores)
+            found.append(ImageResult(s.image_id, boxes[own], scores[own], labels[own].astype(np.int64), *truth))
         return found
 
     @property
     def _split(self) -> str:
         return "test" if self.trainer.state.fn == TrainerFn.TESTING else "val"
 
-    def sample_scores(self, batch: ReadyBatch, outputs: dict[str, Any]) -> Tensor:
+    def sample_scores(self, batch: ReadyBatch | WholeBatch, outputs: dict[str, Any]) -> Tensor:
         """How bad each image is, for `PredictionLogger`: misses and false alarms."""
         bad = [sum(m.kind in ("miss", "false alarm") for m in marks(r)) for r in self._results(outputs)]
         return torch.tensor(bad, dtype=torch.float32)
 
-    def plot_predictions(self, batch: ReadyBatch, outputs: dict[str, Any]) -> dict[str, Any]:
+    def plot_predictions(self, batch: ReadyBatch | WholeBatch, outputs: dict[str, Any]) -> dict[str, Any]:
         """Hits, misses and false alarms, with magnified crops, for `PredictionLogger`."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         samples = data.prepared(self._split).samples
@@ -353,7 +427,7 @@ class LitDETR(LightningModule):
 
     # ---- prediction ----------------------------------------------------------------------------------------------
 
-    def predict_step(self, batch: ReadyBatch, batch_idx: int) -> Detections:
+    def predict_step(self, batch: ReadyBatch | WholeBatch, batch_idx: int) -> Detections:
         """Detections in pixels of the files."""
         return self.detect(batch, "predict")
 
@@ -361,7 +435,8 @@ class LitDETR(LightningModule):
         metric = self.metrics[stage]
         if metric.update_count:  # type: ignore[union-attr]
             values = {f"{stage}/{k}": v.float() for k, v in metric.compute().items()}  # type: ignore[operator]
-            self.log_dict(values, sync_dist=False)
+            # Exact over all devices already; sync_dist only keeps Lightning from remarking on it.
+            self.log_dict(values, sync_dist=True)
         metric.reset()  # type: ignore[operator, union-attr]
 
     # ---- optimizers ----------------------------------------------------------------------------------------------
@@ -391,23 +466,31 @@ class LitDETR(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def best(logits: Tensor, boxes: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The highest scores over queries and classes.
+def prior_sizes(sides: NDArray[Any], levels: int) -> list[float]:
+    """Sizes that divide the boxes evenly among the levels, small ones for the finest.
 
     Args:
-        logits: (B, Q, K).
-        boxes: (B, Q, 4) cx cy w h.
-        most: How many are kept at most.
-
-    Returns:
-        (B, D, 4) x1 y1 x2 y2 in the same unit, (B, D) scores from 0 to 1, (B, D) int64 labels.
+        sides: (N,) of the boxes in pixels of the network's input.
+        levels: How many.
 
     Example:
-        >>> b, s, k = best(torch.tensor([[[0.0, 9], [-9, -9]]]), torch.tensor([[[0.5, 0.5, 1, 1]] * 2]), 1)
-        >>> b.tolist(), k.tolist()
-        ([[[0.0, 0.0, 1.0, 1.0]]], [[1]])
+        >>> prior_sizes(np.arange(8.0, 25.0), 4)
+        [10.0, 14.0, 18.0, 22.0]
     """
-    scores, index = logits.float().sigmoid().flatten(1).topk(min(most, logits[0].numel()))
-    query, label = index // logits.shape[2], index % logits.shape[2]
-    found = boxes.float().gather(1, query[..., None].expand(-1, -1, 4))
-    return box_convert(found, "cxcywh", "xyxy"), scores, label
+    quantiles = np.quantile(sides, (np.arange(levels) + 0.5) / levels)
+    return [round(max(float(q), LEAST_PRIOR), 2) for q in quantiles]
+
+
+def widened(targets: Targets) -> Targets:
+    """The targets with the next power of two as their width, so that few of them occur.
+
+    Example:
+        >>> from lit_detr.samples import pack_targets
+        >>> widened(pack_targets([torch.zeros(70, 4)], [torch.zeros(70)])).boxes.shape
+        torch.Size([1, 128, 4])
+    """
+    more = max(BUCKET, 1 << (targets.labels.shape[1] - 1).bit_length()) - targets.labels.shape[1]
+    if not more:
+        return targets
+    boxes, labels = F.pad(targets.boxes, (0, 0, 0, more)), F.pad(targets.labels, (0, more))
+    return targets._replace(boxes=boxes, labels=labels)

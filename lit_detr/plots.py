@@ -14,7 +14,7 @@ from lit_detr.coco import ImageResult, match_image
 
 __all__ = ["COLOURS", "Mark", "detection_picture", "marks"]
 
-Kind = Literal["hit", "miss", "false alarm", "crowd"]
+Kind = Literal["hit", "miss", "false alarm", "crowd", "found"]
 Box = tuple[float, float, float, float]
 
 COLOURS: dict[Kind, tuple[int, int, int]] = {
@@ -22,13 +22,15 @@ COLOURS: dict[Kind, tuple[int, int, int]] = {
     "miss": (255, 210, 60),
     "false alarm": (255, 70, 70),
     "crowd": (150, 150, 150),
+    "found": (90, 200, 255),
 }
-"""RGB. Found boxes that match no object are false alarms; those that lie in a crowd are neither."""
+"""RGB. Found boxes that match no object are false alarms; those that lie in a crowd are neither. Where the objects are
+not known all of them are just found."""
 
 _GREY, _WHITE, _BLACK = (48, 48, 48), (255, 255, 255), (0, 0, 0)
 _FONT, _LINE = cv2.FONT_HERSHEY_SIMPLEX, cv2.LINE_AA
 _COUNTED: dict[Kind, str] = {"hit": "hits", "miss": "misses", "false alarm": "false alarms"}
-_WORST: tuple[Kind, ...] = ("miss", "false alarm", "hit", "crowd")
+_WORST: tuple[Kind, ...] = ("miss", "false alarm", "hit", "found", "crowd")
 
 _RGB = NDArray[np.uint8]
 
@@ -93,6 +95,7 @@ def detection_picture(
     class_names: Sequence[str] = (),
     *,
     caption: str = "",
+    known: bool = True,
     least_side: int = 512,
     crops: int = 6,
     tiny: float = 32.0,
@@ -104,6 +107,7 @@ def detection_picture(
         found: What `marks` gives; the crops show the first ones.
         class_names: By class index; numbers where it is empty.
         caption: Of the line at the top, before the counts.
+        known: Whether the objects are; if not, the line says how many boxes were found.
         least_side: Smaller images are enlarged by a whole factor towards this height.
         crops: Greatest number of crops; none where no mark is tiny.
         tiny: Longest side in pixels of what gets a crop.
@@ -124,7 +128,7 @@ def detection_picture(
     if numbered:
         parts.append(_column(rgb, [found[i] for i in numbered], found, class_names, canvas.shape[0], crops))
     picture = np.concatenate(parts, axis=1)
-    return np.concatenate([_header(picture.shape[1], found, caption), picture])
+    return np.concatenate([_header(picture.shape[1], found, caption, known), picture])
 
 
 def _box(box: NDArray[Any]) -> Box:
@@ -166,12 +170,13 @@ def _write(canvas: _RGB, text: str, at: tuple[int, int], colour: tuple[int, int,
     cv2.putText(canvas, text, at, _FONT, 0.4, colour, 1, _LINE)
 
 
-def _header(width: int, found: Sequence[Mark], caption: str) -> _RGB:
+def _header(width: int, found: Sequence[Mark], caption: str, known: bool) -> _RGB:
     """Caption and counts, in the colours of the boxes."""
     line = np.full((24, width, 3), _GREY, np.uint8)
     x = 8
     texts = [(caption, _WHITE)] if caption else []
-    for kind, name in _COUNTED.items():
+    counted: dict[Kind, str] = _COUNTED if known else {"found": "found"}
+    for kind, name in counted.items():
         count = sum(m.kind == kind for m in found)
         texts.append((f"{count} {kind if count == 1 else name}", COLOURS[kind]))
     for text, colour in texts:

@@ -23,7 +23,17 @@ from lit_detr.augment import Boxes, WorkerAugmentation
 from lit_detr.readers import check_size
 from lit_detr.samples import DetectionSample
 
-__all__ = ["BatchDataset", "DetectionBatch", "Prepared", "Resident", "fit_frame", "prepare", "read_image"]
+__all__ = [
+    "BatchDataset",
+    "DetectionBatch",
+    "Prepared",
+    "ReadImage",
+    "Resident",
+    "cache_key",
+    "fit_frame",
+    "prepare",
+    "read_image",
+]
 
 VERSION = 1  # raise it when preprocessing changes: old caches are then left alone
 ReadImage = Callable[[DetectionSample], NDArray[np.uint8]]
@@ -96,18 +106,19 @@ def read_image(sample: DetectionSample, channels: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(image)
 
 
-def fit_frame(image: NDArray[np.uint8], frame: tuple[int, int]) -> tuple[NDArray[np.uint8], float]:
+def fit_frame(image: NDArray[np.uint8], frame: tuple[int, int], scale: float = 0.0) -> tuple[NDArray[np.uint8], float]:
     """Scale an image into a frame, at its top left, black beyond it.
 
     Args:
         image: (H, W, C).
         frame: (height, width).
+        scale: Frame pixels per image pixel; 0 for as many as fit.
 
     Returns:
         (C, height, width), and frame pixels per image pixel.
     """
     height, width = image.shape[:2]
-    scale = min(frame[0] / height, frame[1] / width)
+    scale = scale or min(frame[0] / height, frame[1] / width)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
     if (h, w) != (height, width):
         way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
@@ -147,7 +158,7 @@ def prepare(
         image = read(samples[i]) if read is not None else read_image(samples[i], channels)
         return fit_frame(image, frame)[0], (image.shape[0], image.shape[1])
 
-    path = cache_dir / f"{_key(samples, frame, channels)}.npy" if cache_dir is not None and samples else None
+    path = cache_dir / f"{cache_key(samples, frame, channels)}.npy" if cache_dir is not None and samples else None
     shape = (channels, *frame)
     decode = partial(decode_all, len(samples), shape, one, threads)
     images, sizes = cached_images(path, (len(samples), *shape), decode, in_memory=in_memory)
@@ -155,14 +166,16 @@ def prepare(
     return Prepared(images, scales, sizes, list(samples))
 
 
-def _key(samples: Sequence[DetectionSample], frame: tuple[int, int], channels: int) -> str:
+def cache_key(samples: Sequence[DetectionSample], frame: tuple[int, int] | None, channels: int, *more: object) -> str:
+    """Name of a cache file, from all that decides its content."""
+
     def stamp(sample: DetectionSample) -> list[object]:
         if not sample.image.is_file():
             raise InputError(f"{sample.image}: no such image")
         status = sample.image.stat()
         return [str(sample.image.resolve()), status.st_size, status.st_mtime_ns]
 
-    content = json.dumps([VERSION, list(frame), channels, [stamp(s) for s in samples]])
+    content = json.dumps([VERSION, frame and list(frame), channels, [stamp(s) for s in samples], *more])
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 

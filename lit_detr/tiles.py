@@ -1,13 +1,12 @@
-"""Large images as tiles of one size: the same geometry for the boxes in training and for detections afterwards."""
+"""Large images as tiles of one size: the same geometry for the boxes in training and for the pixels afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,12 +15,12 @@ from lit_cli.errors import InputError
 from lit_detr.samples import DetectionSample, DetectionTable
 
 __all__ = [
-    "Merged",
+    "Pair",
     "Pieces",
     "Tile",
     "TileIndex",
+    "checked_tile",
     "cut",
-    "merge",
     "tile_grid",
     "tile_starts",
     "tile_view",
@@ -30,11 +29,39 @@ __all__ = [
 
 Pair = tuple[int, int]
 Pieces = Literal["crowd", "drop"]
-Overlap = Literal["iou", "ios", "mixed"]
 SLIVER = 1e-3  # px; what a tile shows less of would have no area in single precision
+LEAST_TILE = 32  # px
 
 
 # ---- Geometry --------------------------------------------------------------------------------------------------------
+
+
+def checked_tile(tile: int | Sequence[int], overlap: float, frame: Pair, where: str = "") -> Pair:
+    """(height, width) of a tile that fills its frame.
+
+    Args:
+        tile: One side, or [height, width], in pixels of the files.
+        overlap: Share of a tile that the next one covers again.
+        frame: (height, width) of the network's input.
+        where: Prefix of the names in errors.
+
+    Raises:
+        InputError: A side below 32 pixels, other proportions than the frame's, or an overlap outside of [0, 0.9].
+
+    >>> checked_tile(320, 0.25, (640, 640))
+    (320, 320)
+    """
+    sides = (tile, tile) if isinstance(tile, int) else tuple(tile)
+    if len(sides) != 2 or min(sides) < LEAST_TILE:
+        raise InputError(f"{where}tile: expected {LEAST_TILE} pixels or more, or [height, width] of such, got {tile}")
+    if not 0 <= overlap <= 0.9:
+        raise InputError(f"{where}tile_overlap: expected a share from 0 to 0.9, got {overlap}")
+    if sides[0] * frame[1] != sides[1] * frame[0]:
+        raise InputError(
+            f"{where}tile: {sides[0]} x {sides[1]} pixels, expected the proportions of image_size, "
+            f"{frame[0]} x {frame[1]}"
+        )
+    return sides[0], sides[1]
 
 
 def tile_starts(size: int, tile: int, overlap: float) -> list[int]:
@@ -161,14 +188,17 @@ class TileIndex:
     Attributes:
         tiles: All of them. The image id of a tile is its position here.
         parents: (T,) position of each tile's image in the split.
-        empty: (T,) whether there is nothing to learn but background.
+        empty: (T,) whether there is nothing but background.
         shape: (height, width) of a tile.
+        unclear: (T,) whether crowds and pieces are all that is there, which makes a tile neither an example nor
+            background; None where there is no such tile.
     """
 
     tiles: list[Tile]
     parents: NDArray[np.int64]
     empty: NDArray[np.bool_]
     shape: Pair
+    unclear: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.tiles)
@@ -177,8 +207,8 @@ class TileIndex:
         """Positions of the tiles of one epoch, in order: all with objects, and some of the empty ones.
 
         Empty tiles come in turns, in an order that the seed shuffles: none comes again before all others were there.
-        The number is the same in every epoch, and nothing but the arguments decides which they are, so that every
-        process and a resumed run agree.
+        Unclear ones never come. The number is the same in every epoch, and nothing but the arguments decides which
+        they are, so that every process and a resumed run agree.
 
         Args:
             epoch: Counts from 0.
@@ -190,7 +220,8 @@ class TileIndex:
         """
         if not 0 <= empty_share < 1:
             raise ValueError(f"tiles: empty_share {empty_share}")
-        full, bare = np.flatnonzero(~self.empty), np.flatnonzero(self.empty)
+        full = np.flatnonzero(~self.empty if self.unclear is None else ~self.empty & ~self.unclear)
+        bare = np.flatnonzero(self.empty)
         if not len(full):
             return bare
         count = min(len(bare), round(len(full) * empty_share / (1 - empty_share)))
@@ -233,8 +264,9 @@ def tile_view(
             found = tiles_of(sample, size, tile, overlap, min_visible=min_visible, pieces=pieces, first_id=len(tiles))
             parents += [i] * len(found)
             tiles += found
-        empty = np.array([bool(t.sample.crowd.all()) for t in tiles], np.bool_)
-        out[split] = TileIndex(tiles, np.array(parents, np.int64), empty, tile)
+        empty = np.array([not len(t.sample.crowd) for t in tiles], np.bool_)
+        unclear = np.array([bool(t.sample.crowd.all()) for t in tiles], np.bool_) & ~empty
+        out[split] = TileIndex(tiles, np.array(parents, np.int64), empty, tile, unclear)
     return out
 
 
@@ -260,109 +292,3 @@ def cut(images: Tensor, starts: Tensor, tile: Pair) -> Tensor:
     # A view with every place a tile could begin at; indexing it copies only the tiles that are asked for.
     places = images.unfold(2, height, 1).unfold(3, width, 1).permute(2, 3, 0, 1, 4, 5)
     return places[starts[:, 0], starts[:, 1]].transpose(0, 1).flatten(0, 1)
-
-
-class Merged(NamedTuple):
-    """Detections of a whole image, the best first.
-
-    Attributes:
-        boxes: (M, 4) float32 x1 y1 x2 y2 in pixels of the image.
-        scores: (M,) float32.
-        labels: (M,) int64.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-
-
-def merge(
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    starts: Tensor,
-    tile: Pair,
-    size: Pair,
-    *,
-    overlap: Overlap = "mixed",
-    threshold: float = 0.5,
-    border: float = 1.0,
-    trust: float = 0.5,
-    within: bool = False,
-    min_score: float = 0.0,
-    limit: int = 3000,
-) -> Merged:
-    """Detections of the tiles of one image, without what several tiles saw.
-
-    First a detection that ends at an inner border of its tile gives way to one of the same class in another tile that
-    ends at none, covers it, and is about as sure. Then greedy suppression by class: of two that overlap by more than
-    the threshold, the one with the lower score goes; of equal scores, the smaller one. Everything stays on the device;
-    the host waits once per round of suppression, usually two to four times.
-
-    Args:
-        boxes: (T, Q, 4) x1 y1 x2 y2 in pixels of the tiles.
-        scores: (T, Q).
-        labels: (T, Q) integers.
-        starts: (T, 2) first row and column of the tiles.
-        tile: (height, width) of a tile.
-        size: (height, width) of the image. Boxes end there, and those of the padding go.
-        overlap: `iou`; `ios`, the intersection over the smaller box; or `mixed`, the latter only where one of the two
-            ends at an inner border: a piece lies within the whole, with a small IoU.
-        threshold: Of the overlap, and of the share of a piece that the whole covers.
-        border: Pixels within which a box counts as ending at the border; negative turns the first rule off.
-        trust: How sure the whole must be at least, as a share of the piece's score.
-        within: Whether detections of the same tile suppress one another, which a set predictor does not need.
-        min_score: Detections at or below are left out.
-        limit: Only that many of the best are compared, as memory grows with the square.
-
-    Source: Akyon et al., "Slicing aided hyper inference", ICIP 2022, for the overlap over the smaller box.
-    """
-    (height, width), boxes = tile, boxes.float()
-    # Scalars throughout: a tensor made of them would be one more copy to the device.
-    y, x = starts.to(torch.float32).unbind(1)
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    is_cut = torch.zeros_like(x1, dtype=torch.bool)
-    if border >= 0:  # an inner border is one that is not the image's
-        is_cut |= ((x1 <= border) & (x > 0)[:, None]) | ((x2 >= width - border) & (x + width < size[1])[:, None])
-        is_cut |= ((y1 <= border) & (y > 0)[:, None]) | ((y2 >= height - border) & (y + height < size[0])[:, None])
-    is_cut = is_cut.flatten()
-    boxes = (boxes + torch.stack([x, y, x, y], dim=1)[:, None]).flatten(0, 1)
-    across, down = boxes[:, 0::2].clamp(0, size[1]), boxes[:, 1::2].clamp(0, size[0])
-    boxes = torch.stack([across, down], dim=2).flatten(1)
-    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
-    scores, labels = scores.flatten().float(), labels.flatten()
-    valid = (area > 0) & (scores > min_score)
-
-    order = area.argsort(descending=True, stable=True)
-    ranked = scores.masked_fill(~valid, -torch.inf)
-    order = order[ranked[order].argsort(descending=True, stable=True)][:limit]
-    boxes, scores, labels, area, valid, is_cut = (t[order] for t in (boxes, scores, labels, area, valid, is_cut))
-    source = order // max(x1.shape[1], 1)
-
-    shared = _intersection(boxes)
-    rivals = (labels[:, None] == labels) & valid[:, None] & valid
-    elsewhere = rivals & (source[:, None] != source)
-    better = ~is_cut[:, None] & is_cut & (scores[:, None] >= trust * scores) & (shared >= threshold * area)
-    alive = valid & ~(elsewhere & better).any(0)
-
-    iou = shared > threshold * (area[:, None] + area - shared)
-    ios = shared > threshold * torch.minimum(area[:, None], area)
-    alike = {"iou": iou, "ios": ios, "mixed": torch.where(is_cut[:, None] | is_cut, ios, iou)}[overlap]
-    # Row j removes column i where j comes first. Rounds end at the greedy result: each settles at least one more row.
-    removes = ((rivals if within else elsewhere) & alike).triu(1)
-    keep = alive
-    while True:
-        following = alive & ~(removes & keep[:, None]).any(0)
-        if torch.equal(following, keep):
-            break
-        keep = following
-    return Merged(boxes[keep], scores[keep], labels[keep])
-
-
-def _intersection(boxes: Tensor) -> Tensor:
-    """(N, N) shared areas, one axis after the other, which takes half the memory."""
-    out = (
-        torch.minimum(boxes[:, None, 2], boxes[:, 2]).sub_(torch.maximum(boxes[:, None, 0], boxes[:, 0])).clamp_(min=0)
-    )
-    high = torch.minimum(boxes[:, None, 3], boxes[:, 3]).sub_(torch.maximum(boxes[:, None, 1], boxes[:, 1]))
-    return out.mul_(high.clamp_(min=0))

@@ -447,7 +447,8 @@ class LitDSUNet(LightningModule):
                 values = metric.compute()  # type: ignore[operator]
                 kept = {k: v for k, v in values.items() if full or k == "dice"}
                 suffix = "" if full else "_monitor"
-                self.log_dict({f"{stage}/{k}{suffix}": v.float() for k, v in kept.items()}, sync_dist=False)
+                # Exact over all devices already; sync_dist only keeps Lightning from remarking on it.
+                self.log_dict({f"{stage}/{k}{suffix}": v.float() for k, v in kept.items()}, sync_dist=True)
             metric.reset()  # type: ignore[operator, union-attr]
 
     # ---- pictures ------------------------------------------------------------------------------------------------

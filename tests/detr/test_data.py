@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lit_cli.errors import InputError
-from lit_detr.data import DetectionData, ReadyBatch
+from lit_detr.batches import ReadyBatch
+from lit_detr.data import DetectionData
 from lit_detr.samples import DetectionSample
 from lit_detr.store import fit_frame, prepare, read_image
 

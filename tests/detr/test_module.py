@@ -73,6 +73,16 @@ def test_resumes_to_the_same_losses(whole, tmp_path):
         assert loss == pytest.approx(whole[1][step], rel=1e-4), step
 
 
+def test_sizes_to_begin_with_come_from_the_data(whole):
+    run, _ = whole
+    split = run.datamodule.prepared("train")
+    boxes = np.concatenate([split.boxes(i).boxes for i in range(len(split))])
+    sides = np.sort(np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])))
+    model = run.lightning_module
+    assert model.hparams["prior_sizes"] == pytest.approx(np.quantile(sides, [0.25, 0.75]), abs=0.01)
+    assert list(model.net.prior_sizes) == model.hparams["prior_sizes"]
+
+
 def test_figures_of_a_test_are_those_of_the_checkpoint(whole, tmp_path):
     run, _ = whole
     run.save_checkpoint(tmp_path / "last.ckpt")
@@ -97,7 +107,7 @@ def test_it_learns(tmp_path):
         model, datamodule=data
     )
     values = list(losses.seen.values())
-    assert np.mean(values[-3:]) < 0.7 * np.mean(values[:3])
+    assert np.mean(values[-3:]) < 0.8 * np.mean(values[:3])
 
 
 def test_detections_lie_on_the_files_and_best_are_first(whole, tmp_path):
@@ -157,3 +167,12 @@ def test_other_classes_are_refused(tmp_path):
     data = DetectionData(**{**DRAWN, "batch_size": 4, "synthetic_train": 8, "synthetic_val": 2})
     with pytest.raises(InputError, match="the data has classes"):
         trainer(tmp_path, max_epochs=1).fit(LitDETR(**SMALL, class_names=["tank"]), datamodule=data)
+
+
+def test_float16_is_warned_of(tmp_path, monkeypatch):
+    """A CPU takes bfloat16 in its place, so that a GPU's answer is needed here."""
+    monkeypatch.setattr(Trainer, "precision", "16-mixed")
+    data = DetectionData(**{**DRAWN, "batch_size": 2, "synthetic_train": 2, "synthetic_val": 1})
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=0, num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match="float16 overflows"):
+        run.fit(LitDETR(**SMALL), datamodule=data)

@@ -98,6 +98,16 @@ def test_boxes_at_the_edge(box):
         assert (picture == COLOURS[kind]).all(-1).any()
 
 
+def test_the_header_counts_what_is_known():
+    """Boxes whose truth nobody knows are no hits."""
+    image = np.zeros((1, 96, 96), np.uint8)
+    found = [Mark("found", (10.0, 10.0, 20.0, 20.0), 0, 0.9)]
+    header = detection_picture(image, found, known=False)[:HEADER]
+    assert (header == COLOURS["found"]).all(-1).any()
+    assert not any((header == COLOURS[kind]).all(-1).any() for kind in ("hit", "miss", "false alarm"))
+    assert all((detection_picture(image, [])[:HEADER] == COLOURS[kind]).all(-1).any() for kind in ("hit", "miss"))
+
+
 def test_hundreds_of_boxes():
     data = SyntheticDetections(num_train=1, num_val=0, num_test=0, size=(256, 320), objects=80.0, empty=0.0)
     sample = data.read().splits["train"][0]

@@ -9,8 +9,9 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 
+from lit_detr.merging import Merged, merge
 from lit_detr.samples import DetectionSample, DetectionTable
-from lit_detr.tiles import Merged, TileIndex, cut, merge, tile_grid, tile_starts, tile_view, tiles_of
+from lit_detr.tiles import TileIndex, cut, tile_grid, tile_starts, tile_view, tiles_of
 from tests.helpers.errors import refused
 
 Size = tuple[int, int]
@@ -177,7 +178,11 @@ def test_the_view_numbers_its_tiles() -> None:
     refused(lambda: tile_view(unknown, (50, 50), 0.0), "a.png", "size")
     assert len(tile_view(unknown, (50, 50), 0.0, sizes={"a": (100, 100)})["train"]) == 4
     only_crowd = DetectionTable({"train": [sample([[0, 0, 5, 5]], (50, 50), crowd=[True])]}, ["a"])
-    assert tile_view(only_crowd, (50, 50), 0.0)["train"].empty.tolist() == [True]
+    unclear = tile_view(only_crowd, (50, 50), 0.0)["train"]
+    assert unclear.empty.tolist() == [False]
+    assert unclear.unclear is not None
+    assert unclear.unclear.tolist() == [True]
+    assert len(unclear.epoch(0)) == 0  # neither an example nor background
 
 
 def index(full: int, bare: int) -> TileIndex:
