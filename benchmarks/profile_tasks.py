@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import re
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from common import Row
+from common import Results, Row
 
 if TYPE_CHECKING:  # a task's packages are imported when it is measured: the other's need not be installed
     from lit_cli.cli import LitCLI
+    from lit_detr.data import DetectionData
     from lit_dsunet.data import VolumeData
     from lit_landmarks.samples import LandmarkTable
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+CARD = re.compile(r"^# Card: .*?(\d+) GB", re.MULTILINE)
 
 
 class Case(NamedTuple):
@@ -28,6 +31,13 @@ class Case(NamedTuple):
     profile: Path
     extra: list[str]  # further arguments
     card_gb: int | None
+    boxes: int = 20  # of an image, where there are any
+
+
+def card_gb(profile: Path) -> int | None:
+    """Memory of the card that a profile's header names, in GB."""
+    found = CARD.search(profile.read_text())
+    return int(found[1]) if found else None
 
 
 class Task(ABC):
@@ -63,7 +73,7 @@ class Task(ABC):
         """Of the command line, after those that all tasks share."""
 
     @abstractmethod
-    def build(self, arguments: list[str], options: argparse.Namespace) -> LitCLI:
+    def build(self, arguments: list[str], options: argparse.Namespace, case: Case) -> LitCLI:
         """Module, data and Trainer."""
 
     @abstractmethod
@@ -81,6 +91,10 @@ class Task(ABC):
     def speed_words(self, row: Row, ratio: float | None) -> str:
         """The speed in a profile's header."""
         return f"{row['samples_s']:.0f} {self.unit}/s" + (f" = {ratio:.2f} x {self.reference}" if ratio else "")
+
+    def more_words(self, name: str, results: Results) -> str:
+        """What other rows add to a profile's header, with a leading separator; nothing by default."""
+        return ""
 
 
 # ---- landmarks -------------------------------------------------------------------------------------------------------
@@ -120,7 +134,7 @@ class Landmarks(Task):
             out += ["--model.backbone", "hrnet_w18_small", "--data.image_size", "64", "--data.synthetic_train", "8"]
         return out
 
-    def build(self, arguments: list[str], options: argparse.Namespace) -> LitCLI:
+    def build(self, arguments: list[str], options: argparse.Namespace, case: Case) -> LitCLI:
         """Module, data and Trainer."""
         from lit_landmarks.__main__ import LandmarkCLI
         from lit_landmarks.data import LandmarkData
@@ -173,18 +187,18 @@ class Volumes(Task):
     reserve_s = 120  # a three-dimensional network is compiled for about a minute
 
     def more_cases(self) -> list[Case]:
-        """Other batches of the guide's network, and profiles without what makes them fast."""
+        """Other batches of the guide's network, and profiles with something else in place of what makes them fast."""
         out = []
         for batch, precision, card in GUIDE_BATCHES:
             label = f"dsunet/guide limit 96 b{batch}" + (" fp32" if precision == "32-true" else "") + f" {card} GB"
             extra = ["--data.batch_size", str(batch), "--trainer.precision", precision]
             out.append(Case(label, self.folder / "guide_mkdc_ds.yaml", extra, card))
-        for name, key, words, card in (
-            ("gpu_8gb", "compile", "compilation", 8),
-            ("h200", "cuda_graph", "CUDA graph", 141),
+        compiled = ["--model.compile", "true", "--model.channels_last", "false"]
+        for name, words, extra, card in (
+            ("gpu_8gb", "compiled, without kernels", compiled, 8),
+            ("h200", "without CUDA graph", ["--model.cuda_graph", "false"], 141),
         ):
-            extra = [f"--model.{key}", "false"]
-            out.append(Case(f"dsunet/{name} without {words}", self.folder / f"{name}.yaml", extra, card))
+            out.append(Case(f"dsunet/{name} {words}", self.folder / f"{name}.yaml", extra, card))
         return out
 
     def arguments(self, profile: Path, options: argparse.Namespace) -> list[str]:
@@ -197,7 +211,7 @@ class Volumes(Task):
             out += ["--model.deep_supervision", "1"]
         return out
 
-    def build(self, arguments: list[str], options: argparse.Namespace) -> LitCLI:
+    def build(self, arguments: list[str], options: argparse.Namespace, case: Case) -> LitCLI:
         """Module, data and Trainer."""
         from lit_dsunet.__main__ import VolumeCLI
         from lit_dsunet.data import VolumeData
@@ -245,4 +259,105 @@ def volumes(size: tuple[int, int, int], count: int) -> VolumeData:
     return data
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Landmarks(), Volumes())}
+# ---- boxes -----------------------------------------------------------------------------------------------------------
+
+DENSE = 500  # boxes of an image, beside the 20 of the rows without a word about it
+RESIDENT = 256  # images that lie on the device, where a profile lets them
+LADDER = (24, 48)  # batches of the guide's fast profile below and beyond its ladder, whose steps are profiles
+SMALL_NETWORK = {"hidden": 32, "heads": 4, "feedforward": 64, "decoder_layers": 2, "queries": 30, "eval_queries": 30}
+
+
+class Detections(Task):
+    """Drawn frames with 20 and with 500 boxes each."""
+
+    name = "detr"
+    prefix = "detr/"
+    results = "profiles_detr.json"
+    reference = "detr/rtxa5000"
+    unit = "images"
+    reserve_s = 90  # two rows are compiled
+
+    def more_cases(self) -> list[Case]:
+        """Every profile with dense images; then what the guide's two lead to, one change at a time."""
+        cards = {path: card_gb(path) for path in sorted(self.folder.glob("*.yaml"))}
+        dense = ((path, card) for path, card in cards.items() if card is not None)
+        out = [Case(self._dense(self.prefix + path.stem), path, [], card, DENSE) for path, card in dense]
+        fast = self.folder / "rtxa5000_fast.yaml"
+        for words, extra in (
+            *((f"batch {n}", ["--data.batch_size", str(n)]) for n in LADDER),
+            ("without stride 4", ["--model.strides", "[8,16,32]"]),
+            ("with gradient checkpointing", ["--model.gradient_checkpointing", "true"]),
+            ("compiled", ["--model.compile", "true"]),
+            ("with CUDA graphs", ["--model.cuda_graph", "true"]),
+            ("on the device", ["--data.store", "gpu"]),
+            ("fp16", ["--trainer.precision", "16-mixed"]),
+            ("fp32", ["--trainer.precision", "32-true"]),
+        ):
+            out.append(Case(f"detr/rtxa5000_fast {words}", fast, extra, 24))
+        for words, extra in (
+            ("without CUDA graphs", ["--model.cuda_graph", "false"]),
+            ("compiled instead", ["--model.cuda_graph", "false", "--model.compile", "true"]),
+        ):
+            out.append(Case(f"detr/h200 {words}", self.folder / "h200.yaml", extra, 141))
+        return out
+
+    @staticmethod
+    def _dense(name: str) -> str:
+        return f"{name} {DENSE} boxes"
+
+    def arguments(self, profile: Path, options: argparse.Namespace) -> list[str]:
+        """Random weights; the images."""
+        out = ["--model.pretrained", "false", "--plots.num_first", "0", "--plots.worst_k", "0"]
+        out += ["--data.root", options.root] if options.root else ["--data.format", "synthetic"]
+        if options.tiny:
+            out += ["--model.backbone", "resnet10t", "--model.noise_queries", "10", "--data.image_size", "64"]
+            out += [word for name, value in SMALL_NETWORK.items() for word in (f"--model.{name}", str(value))]
+        return out
+
+    def build(self, arguments: list[str], options: argparse.Namespace, case: Case) -> LitCLI:
+        """Module, data and Trainer."""
+        from lit_detr.__main__ import DetectionCLI
+        from lit_detr.data import DetectionData
+        from lit_detr.module import LitDETR
+
+        cli = DetectionCLI(LitDETR, DetectionData, "lit_detr", arguments, build_only=True)
+        if not options.root:
+            draw(cli.datamodule, 8 if options.tiny else case.boxes, options.tiny)
+        return cli
+
+    def batches_in_epoch(self, data: Any) -> int:
+        """Of the training images."""
+        return max(1, len(data.prepared("train")) // data.hparams["batch_size"])
+
+    def describe(self, data: Any, options: argparse.Namespace) -> Row:
+        """Width and height of a frame, images and the most boxes that one of them has."""
+        split = data.prepared("train")
+        row: Row = {"frame": f"{data.image_size[1]}x{data.image_size[0]}", "batch": data.hparams["batch_size"]}
+        row["data"] = Path(options.root).resolve().name if options.root else "synthetic"
+        return row | {"images": len(split), "boxes": max(len(s.boxes) for s in split.samples)}
+
+    def more_words(self, name: str, results: Results) -> str:
+        """Memory with dense images."""
+        row = results.get(name=self._dense(name))
+        if row is None:
+            return ""
+        said = f"{row['allocated_gb']:.1f} GB allocated" if row["fits"] else "out of memory"
+        return f"; {said} with {row['boxes']} boxes an image in place of 20"
+
+
+def draw(data: DetectionData, boxes: int, tiny: bool) -> None:
+    """Give a data module drawn frames with so many boxes each.
+
+    Loader workers start anew in each epoch, so theirs holds the whole window of a measurement.
+    """
+    from detr_scenes import Scenes
+
+    h = data.hparams
+    in_workers = h["store"] == "ram" or h["clahe_p"] > 0 or h["motion_blur_p"] > 0
+    train = 4 if tiny else max(RESIDENT, h["batch_size"] * (40 if in_workers else 2))
+    counts = {"train": train, "val": 2 if tiny else 16}
+    scenes = Scenes(data.image_size, (boxes, boxes), counts, channels=h["channels"])
+    data._table, data._synthetic = scenes.read(), scenes  # type: ignore[assignment]
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (Landmarks(), Volumes(), Detections())}

@@ -4,11 +4,12 @@ Each profile goes through the real command line and the real Trainer, with augme
 state and one validation; only downloaded weights, loggers and checkpoints are left out. The allocator is limited to the
 memory of the profile's card (its header names it) less what a CUDA context takes there. Memory therefore transfers to
 the card as far as the kernels are the same; speed does not, so it is given relative to that of one profile
-(rtx3070ti_balanced, dsunet/guide_baseline) on the same device. Batches that the original guides name are tried as well.
+(rtx3070ti_balanced, dsunet/guide_baseline, detr/rtxa5000) on the same device. Batches that the original guides name are
+tried as well.
 
     python benchmarks/profiles.py --root data/isbi2015 --pixel-size 0.1
     python benchmarks/profiles.py --task dsunet
-    python benchmarks/profiles.py --task dsunet --write-headers
+    python benchmarks/profiles.py --task detr --write-headers
 
 What is measured of each task, and with which data, is in profile_tasks.py.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -26,11 +26,10 @@ from typing import Any
 import torch
 from common import Laps, Results, Row, spread, table
 from lightning.pytorch import Callback, LightningModule, Trainer
-from profile_tasks import TASKS, Case, Task
+from profile_tasks import TASKS, Case, Task, card_gb
 
 from lit_cli.cli import LitCLI
 
-CARD = re.compile(r"^# Card: .*?(\d+) GB", re.MULTILINE)
 MEASURED = "# measured:"
 GIB = 2**30
 CONTEXT_GB = 0.5  # context, kernels and driver of one process; not seen by the allocator
@@ -69,7 +68,7 @@ def build(task: Task, case: Case, options: argparse.Namespace, folder: str) -> L
     if options.tiny:
         arguments += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
         arguments += ["--data.batch_size", "2", "--data.num_workers", "0"]
-    return task.build(arguments if options.tiny else [*arguments, *case.extra], options)
+    return task.build(arguments if options.tiny else [*arguments, *case.extra], options, case)
 
 
 def run(task: Task, case: Case, options: argparse.Namespace) -> Row:
@@ -93,7 +92,7 @@ def run(task: Task, case: Case, options: argparse.Namespace) -> Row:
             "accumulate": accumulate,
             "precision": str(trainer.precision),
             "compile": module.hparams["compile"],
-            "cuda_graph": module.hparams["cuda_graph"],
+            "cuda_graph": module.hparams.get("cuda_graph", False),
             "card_gb": case.card_gb,
             "limit_gb": limit,
         }
@@ -144,12 +143,6 @@ def clean_up() -> None:
     torch.cuda.empty_cache()
 
 
-def card_gb(profile: Path) -> int | None:
-    """Memory of the card that a profile's header names, in GB."""
-    found = CARD.search(profile.read_text())
-    return int(found[1]) if found else None
-
-
 def cases(task: Task, names: list[str]) -> list[Case]:
     """Everything to measure; the reference first."""
     found = [Case(task.prefix + p.stem, p, [], card_gb(p)) for p in sorted(task.folder.glob("*.yaml"))]
@@ -188,12 +181,12 @@ def relative(task: Task, row: Row, results: Results) -> float | None:
     return task.speed(row) / task.speed(reference) if reference["device"] == row["device"] else None
 
 
-def header_lines(task: Task, row: Row, ratio: float | None) -> list[str]:
+def header_lines(task: Task, row: Row, ratio: float | None, more: str = "") -> list[str]:
     """The two lines of a profile's header that say what was measured."""
     where = row["device"] + (f" limited to {row['limit_gb']:g} GB" if row.get("limit_gb") else "")
     if row["fits"]:
         got = f"peak {row['reserved_gb']:.1f} GB reserved, {row['allocated_gb']:.1f} GB allocated"
-        got = f"{got}; {task.speed_words(row, ratio)}; on {where}"
+        got = f"{got}; {task.speed_words(row, ratio)}{more}; on {where}"
     else:
         got = f"does not fit: out of memory on {where}"
     origin = f"{row['date']}, commit {row['commit']}, torch {row['torch']}, {row['data']} data"
@@ -211,7 +204,8 @@ def write_headers(results: Results, folder: Path, task: Task = TASKS["landmarks"
         old = [i for i, line in enumerate(lines) if line.startswith(MEASURED)]
         if len(old) != 2 or old[1] != old[0] + 1:
             raise SystemExit(f"{path}: expected two lines '{MEASURED}' in a row")
-        lines[old[0] : old[0] + 2] = header_lines(task, row, relative(task, row, results))
+        more = task.more_words(row["name"], results)
+        lines[old[0] : old[0] + 2] = header_lines(task, row, relative(task, row, results), more)
         text = "\n".join(lines) + "\n"
         if text != path.read_text():
             path.write_text(text)

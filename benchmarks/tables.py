@@ -31,6 +31,7 @@ from table_parts import (
     number,
     origin,
 )
+from tables_detr import TABLES_DETR
 from tables_dsunet import TABLES_DSUNET
 
 ROOT = Path(__file__).parents[1]
@@ -365,6 +366,7 @@ TABLES: Tables = {
     "codec": ("codec", codec),
     "codec-all": ("codec", codec_all),
     **TABLES_DSUNET,
+    **TABLES_DETR,
 }
 
 
