@@ -5,13 +5,11 @@ Each ends with a sentence that is formed from the rows and says how far they are
 
 from __future__ import annotations
 
-import importlib
 import re
 import statistics
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from detr_gains import gains
 from table_parts import NONE, NOT_MEASURED, Report, Row, conditions, grouped, listed, markdown, number, origin
 from tables_dsunet import FAILED, OURS, good, interval, peers, signed, size_of
 
@@ -235,14 +233,10 @@ def guide(report: Report) -> str:
     bases = [row for row in rows if row["row"].startswith("baseline") and row.get("images_s")]
     if not bases:
         return NOT_MEASURED
-    folder = str(Path(__file__).parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    # The arithmetic is the script's; it imports torch, which no other table needs.
-    gains: list[Row] = importlib.import_module("detr_guide").gains(rows)
+    found = gains(rows)
     rates = [row["images_s"] for row in bases]
     spread = max(rates) / min(rates) - 1
-    first = [[g["optimisation"], g["expected"], NONE if g["times"] is None else f"{g['times']:.2f}x"] for g in gains]
+    first = [[g["optimisation"], g["expected"], NONE if g["times"] is None else f"{g['times']:.2f}x"] for g in found]
     middle = statistics.median(rates)
     cells = []
     for row in report["rows"]:
@@ -266,7 +260,7 @@ def guide(report: Report) -> str:
     )
     return paragraphs(
         markdown(["optimisation", "expected (guide)", "measured"], first),
-        _judged(gains, spread, len(bases)),
+        _judged(found, spread, len(bases)),
         markdown(header, cells),
         text,
     )

@@ -234,7 +234,7 @@ class LitDETR(LightningModule):
                 raise InputError(str(error)) from error
         if fresh and h["init_from"] is not None:
             assert self.net is not None
-            take_weights(self.net, h["init_from"], "model.init_from", lambda name: "class" in name)
+            take_weights(self.net, h["init_from"], "model.init_from", _depends_on_classes)
         constant = h["nwd_constant"] if h["nwd"] > 0 else None
         self.criterion = DetectionLoss(
             Matcher(l1=h["l1"], giou=h["giou"], nwd=h["nwd"], nwd_constant=constant),
@@ -464,6 +464,11 @@ class LitDETR(LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _depends_on_classes(name: str) -> bool:
+    """Whether a tensor of the network has a row for each class."""
+    return any(part in name for part in ("class_heads", "selection.score", "denoising.embedding"))
 
 
 def prior_sizes(sides: NDArray[Any], levels: int) -> list[float]:

@@ -48,6 +48,7 @@ class Notebook:
 NOTEBOOKS = [
     Notebook("landmarks", "EPOCHS, IMAGES, SIZE", "1, 10, 64", "test/mre_px", 0, 2, axes=3),
     Notebook("dsunet", "EPOCHS, VOLUMES, SIZE", "1, 2, 24", "test/dice", 0.75, 1, axes=4),
+    Notebook("detr", "EPOCHS, IMAGES, SIZE", "1, 8, 64", "test/ap50", 0.5, 1, axes=2),
 ]
 
 

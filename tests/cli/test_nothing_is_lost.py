@@ -147,6 +147,7 @@ class Signal(Callback):
 @pytest.fixture(autouse=True)
 def _torch_save_comes_back(module_patch):
     save, interrupt = torch.save, signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has jobs in the background ignore it
     yield
     torch.save = save
     signal.signal(signal.SIGINT, interrupt)

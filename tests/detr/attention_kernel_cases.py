@@ -28,8 +28,12 @@ def problem(queries, depth=5, heads=2, layers=3, dtype=torch.float32):
     return table, locations.to(DEVICE).requires_grad_(), weights.to(DEVICE).requires_grad_()
 
 
-@pytest.mark.parametrize(("queries", "depth"), [(33, 4), (2, 5)])
-def test_values_and_gradients_are_those_of_grid_sample(queries, depth):
+@pytest.mark.parametrize(("queries", "depth"), [(6, 4), (2, 5)])
+def test_values_and_gradients_are_those_of_grid_sample(queries, depth, monkeypatch):
+    from lit_detr.models import attention_kernels
+
+    if DEVICE == "cpu":  # the interpreter takes its time for every program, and a last one may be partly empty
+        monkeypatch.setattr(attention_kernels, "BLOCK_Q", 4)
     inputs = table, locations, weights = problem(queries, depth)
     value = table.unbind(2)[1].transpose(1, 2)  # a view, as the decoder hands it over
     assert kernels_take(value)
@@ -41,9 +45,9 @@ def test_values_and_gradients_are_those_of_grid_sample(queries, depth):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16])
 def test_half_precision_loses_only_what_rounding_does(dtype):
-    inputs = table, locations, weights = problem(3, 4, dtype=dtype)
+    inputs = table, locations, weights = problem(2, 4, dtype=dtype)
     value = table.unbind(2)[0].transpose(1, 2)
     found = sample_auto(value, locations, weights, SHAPES)
     assert found.dtype == dtype
@@ -60,8 +64,8 @@ def test_half_precision_loses_only_what_rounding_does(dtype):
 
 def test_a_network_detects_and_learns_the_same():
     torch.manual_seed(0)
-    options = {"hidden": 16, "heads": 2, "feedforward": 16, "decoder_layers": 2, "noise_queries": 0}
-    net = build_network(num_classes=3, backbone="resnet10t", strides=(8, 16, 32), **options).to(DEVICE).eval()
+    options = {"hidden": 16, "heads": 2, "feedforward": 16, "decoder_layers": 1, "noise_queries": 0}
+    net = build_network(num_classes=3, backbone="resnet10t", strides=(16, 32), **options).to(DEVICE).eval()
     for layer in net.decoder.layers:
         nn.init.normal_(layer.cross.sampling.bias)  # points in the middle of cells, as at first, lie on kinks
     images = torch.rand(1, 3, 64, 96, device=DEVICE)

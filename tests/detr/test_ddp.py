@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -71,8 +72,16 @@ def steps_with_noise(rank):
     return {"losses": torch.tensor(losses), "weights": torch.cat([p.detach().flatten() for p in net.parameters()])}
 
 
-def test_gradients_are_those_of_one_process_with_all_images(tmp_path):
-    ranks = in_two_processes(step, tmp_path)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return in_two_processes(both, tmp_path_factory.mktemp("ranks"))
+
+
+def both(rank):
+    return {"gradients": step(rank), **steps_with_noise(rank)}
+
+
+def test_gradients_are_those_of_one_process_with_all_images(ranks):
     net, criterion = network(0)
     (images, boxes, labels), (more_images, more_boxes, more_labels) = batch(0), batch(1)
     targets = pack_targets(boxes + more_boxes, labels + more_labels)
@@ -80,13 +89,13 @@ def test_gradients_are_those_of_one_process_with_all_images(tmp_path):
     expected = gradients(net)
     largest = max(float(g.norm()) for g in expected.values())
     for rank in ranks:
-        assert rank.keys() == expected.keys()
+        assert rank["gradients"].keys() == expected.keys()
         for name, gradient in expected.items():
-            assert (rank[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5 * largest, name
+            assert (rank["gradients"][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5 * largest, name
 
 
-def test_a_process_without_objects_keeps_nobody_waiting(tmp_path):
-    first, second = in_two_processes(steps_with_noise, tmp_path)
+def test_a_process_without_objects_keeps_nobody_waiting(ranks):
+    first, second = ranks
     assert torch.isfinite(first["losses"]).all()
     assert torch.isfinite(second["losses"]).all()
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)

@@ -1,5 +1,7 @@
 """The module through a Trainer: it learns, resumes to the same losses, and opens outside of it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -99,9 +101,9 @@ def test_figures_of_a_test_are_those_of_the_checkpoint(whole, tmp_path):
 
 
 def test_it_learns(tmp_path):
-    """Eight frames by heart."""
+    """Four frames by heart."""
     torch.manual_seed(0)
-    data = DetectionData(**DRAWN, batch_size=8, synthetic_train=8, synthetic_val=1, augment=None)
+    data = DetectionData(**DRAWN, batch_size=4, synthetic_train=4, synthetic_val=1, augment=None)
     model, losses = LitDETR(**SMALL, warmup=0.1), Losses()
     trainer(tmp_path, max_epochs=40, callbacks=[losses], limit_val_batches=0, enable_checkpointing=False).fit(
         model, datamodule=data
@@ -167,6 +169,26 @@ def test_other_classes_are_refused(tmp_path):
     data = DetectionData(**{**DRAWN, "batch_size": 4, "synthetic_train": 8, "synthetic_val": 2})
     with pytest.raises(InputError, match="the data has classes"):
         trainer(tmp_path, max_epochs=1).fit(LitDETR(**SMALL, class_names=["tank"]), datamodule=data)
+
+
+def test_training_starts_from_a_checkpoint_of_other_classes(whole, tmp_path):
+    """Everything but what has a row for each class is taken."""
+    run, _ = whole
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    before = run.lightning_module.net.state_dict()
+    settings = {**SMALL, "prior_sizes": [8.0, 16.0], "init_from": str(tmp_path / "last.ckpt"), "in_channels": 1}
+    model = LitDETR(**settings, class_names=[*run.lightning_module.class_names, "another"])
+    model._trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), ckpt_path=None)
+    model.configure_model()
+    after = model.net.state_dict()
+    assert before.keys() == after.keys()
+    other = {k for k in after if after[k].shape != before[k].shape}
+    assert {k.rsplit(".", 2)[0] for k in other} == {"decoder.class_heads", "selection", "denoising"}
+    assert all(torch.equal(after[k], before[k]) for k in after.keys() - other)
+    wider = LitDETR(**{**settings, "hidden": 64, "class_names": model.class_names})
+    wider._trainer = model._trainer
+    with pytest.raises(InputError, match=r"model.init_from: .* lacks"):
+        wider.configure_model()
 
 
 def test_float16_is_warned_of(tmp_path, monkeypatch):

@@ -15,7 +15,32 @@ def test_the_command_line_takes_the_geometry_from_the_checkpoint(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     demo = str(Path(__file__).parents[2] / "configs" / "detr" / "demo.yaml")
     common = ["--config", demo, "--data.format", "coco", "--data.root", str(root), "--data.cache_dir", "cache"]
-    common += ["--model.hidden", "32", "--trainer.enable_progress_bar", "false", "--data.batch_size", "16"]
+    common += [
+        "--model.hidden",
+        "32",
+        "--model.feedforward",
+        "32",
+        "--model.decoder_layers",
+        "1",
+        "--model.strides",
+        "[8,16]",
+        "--plots.num_first",
+        "0",
+        "--plots.worst_k",
+        "0",
+        "--model.queries",
+        "20",
+        "--model.eval_queries",
+        "20",
+        "--model.noise_queries",
+        "10",
+        "--model.most_detections",
+        "20",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--data.batch_size",
+        "16",
+    ]
     tiles = ["--data.tile", "64", "--data.image_size", "64", "--data.tile_overlap", "0.3", "--data.tile_whole", "true"]
     once = ["--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1"]
     fit = main(["fit", *common, *tiles, *once])

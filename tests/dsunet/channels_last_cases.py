@@ -171,7 +171,7 @@ def test_a_network_is_the_same_function(options):
     ("norm", "shape", "kernels", "residual"),
     [
         ("batch", (2, 4, 2, 3, 3), (1, 3, 5), True),
-        ("instance", (2, 4, 2, 3, 3), (1, 5), False),
+        ("instance", (2, 4, 2, 3, 3), (1, 3), False),
         ("batch", (2, 40, 1, 3, 4), (3,), False),
         ("instance", (2, 6, 4, 5), (1, 3, 7), True),
     ],
@@ -184,7 +184,8 @@ def test_mkdc(norm, shape, kernels, residual):
         nn.init.uniform_(layer.bias, -1.0, 6.0)  # so that both ends of ReLU6 are met
     ours = copy.deepcopy(plain)
     ours.channels_last = True
-    for mode in (True, False):  # with statistics of the batch, then with running ones
+    # With statistics of the batch, then with running ones, where there are any.
+    for mode in (True, False) if norm == "batch" else (True,):
         x = (draw(*shape) + 1).requires_grad_()
         found, expected = ours.train(mode)(x), plain.train(mode)(x)
         assert type(found.grad_fn).__name__ == "_CombinedBackward"
