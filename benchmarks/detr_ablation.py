@@ -18,16 +18,15 @@ from __future__ import annotations
 import argparse
 import inspect
 import statistics
-import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from common import Results, Row, table
-from detr_equal_time import FIGURES, QUIET, TINY, build, clean, detector, evaluate, figures_of, fit
-from drone_ir import EVALUATION_S, options_of, take
+from detr_equal_time import FIGURES, QUIET, TINY, build, detector, evaluate, figures_of, fit
+from drone_ir import EVALUATION_S, options_of, run_and_summarise
+from steps import clean
 
 from lit_detr.augment import DetectionAugmentation
 from lit_detr.data import DetectionData
@@ -156,28 +155,15 @@ def arguments(args: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]
 def main(args: Sequence[str] | None = None) -> None:
     """Run what is missing and print the tables."""
     options, overrides = arguments(args)
-    warnings.filterwarnings("ignore")
-    results = Results(options.out)
-    if options.take:
-        take(results, options.take, KEY)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            measure(options, overrides, results, Path(folder))
-    for row in summary(results.rows):
-        results.add({k: row[k] for k in KEY if k in row}, {k: v for k, v in row.items() if k not in KEY})
-    print(table([row for row in results.rows if row["part"] == "run"], COLUMNS))
-    shown = (
-        "setting",
-        *FIGURES[:4],
-        "ap_gain",
-        "ap_tiny_gain",
-        "ar_tiny_gain",
-        "ap_sd",
-        "ap_tiny_sd",
-        "runs",
-        "train_s",
+    gains = ("ap_gain", "ap_tiny_gain", "ar_tiny_gain", "ap_sd", "ap_tiny_sd")
+    run_and_summarise(
+        options,
+        KEY,
+        lambda results, folder: measure(options, overrides, results, folder),
+        summary,
+        COLUMNS,
+        ("setting", *FIGURES[:4], *gains, "runs", "train_s"),
     )
-    print(table([row for row in results.rows if row["part"] == "summary"], shown))
 
 
 def measure(options: argparse.Namespace, overrides: list[str], results: Results, folder: Path) -> None:

@@ -19,9 +19,7 @@ import argparse
 import functools
 import json
 import statistics
-import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ import torch
 from common import Results, Row, table
 from detr_equal_time import QUIET, TINY, Recipe, Way, compete
 from detr_peers import Peer, fcos_r18, rtdetr_v2
-from drone_ir import EVALUATION_S, options_of, take
+from drone_ir import EVALUATION_S, options_of, run_and_summarise
 from numpy.typing import NDArray
 
 from lit_detr.canvas import Canvas, dense_composite
@@ -216,18 +214,14 @@ def arguments(args: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]
 def main(args: Sequence[str] | None = None) -> None:
     """Run what is missing and print the tables."""
     options, overrides = arguments(args)
-    warnings.filterwarnings("ignore")
-    results = Results(options.out)
-    if options.take:
-        take(results, options.take, KEY)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            measure(options, overrides, results, Path(folder))
-    for row in summary(results.rows):
-        results.add({k: row[k] for k in KEY if k in row}, {k: v for k, v in row.items() if k not in KEY})
-    print(table([row for row in results.rows if row["part"] == "run"], COLUMNS))
-    shown = ("method", "boxes", *SHOWN, "ap_sd", "runs", "steps", "images_s")
-    print(table([row for row in results.rows if row["part"] == "summary"], shown))
+    run_and_summarise(
+        options,
+        KEY,
+        lambda results, folder: measure(options, overrides, results, folder),
+        summary,
+        COLUMNS,
+        ("method", "boxes", *SHOWN, "ap_sd", "runs", "steps", "images_s"),
+    )
 
 
 def source(options: argparse.Namespace) -> DetectionData:

@@ -7,7 +7,6 @@ with the time, however fast a method is, and no number of steps has to be guesse
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import time
@@ -21,6 +20,7 @@ from common import Row
 from detr_peers import Found, Peer, in_pixels
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_callbacks.average import WeightAverage, decay_at
+from steps import clean
 from torch import Tensor, nn
 
 from lit_common.optim import fused_adamw, fused_sgd
@@ -78,15 +78,6 @@ def wait() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def clean() -> None:
-    """Free what the last training left on the device and in the compiler."""
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 class Clock:

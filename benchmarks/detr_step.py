@@ -15,16 +15,14 @@ ours stands beside it.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from common import Results, Row, table
 from detr_peers import random_boxes, rfdetr_nano, rtdetr_v2
-from steps import clean, measured, setup
+from steps import clean, measured, setup, step_options
 from torch import Tensor, nn
 
 from lit_common.graph import GraphedCall
@@ -223,13 +221,7 @@ def plan(brief: bool, tiny: bool) -> list[tuple[Way, tuple[int, int, int]]]:
 
 def main(args: list[str] | None = None) -> None:
     """Measure what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/detr_step.json"))
-    parser.add_argument("--only", default="", help="comma-separated words that `PX bBATCH BOXES boxes WAY` contains")
-    parser.add_argument("--brief", action="store_true", help="for all sizes only the ways that matter most")
-    parser.add_argument("--deadline", type=float, default=float("inf"), help="Unix time that no row should pass")
-    parser.add_argument("--tiny", action="store_true", help="a dry run on a CPU")
-    options = parser.parse_args(args)
+    options = step_options(__doc__, "detr_step", "PX bBATCH BOXES boxes WAY", args)
     device = setup()
     results = Results(options.out)
     words = [word for word in options.only.split(",") if word]

@@ -31,7 +31,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -165,7 +165,7 @@ def pooled(rows: Sequence[Row], folder: Path) -> dict[str, Any] | None:
     return {name: np.mean(values, axis=0) for name, values in found.items()}
 
 
-def take(results: Results, files: Sequence[Path], key: Sequence[str] = KEY) -> None:
+def take(results: Results, files: Sequence[Path], key: Sequence[str]) -> None:
     """Add the rows of other files whose keys are not there yet, with the commit and date that they have."""
     for file in files:
         for row in Results(file).rows:
@@ -205,30 +205,58 @@ def arguments(args: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]
     return options, [a for a in rest if a != "--"]
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run what is missing and print the tables."""
-    options, overrides = arguments(args)
+def run_and_summarise(
+    options: argparse.Namespace,
+    key: Sequence[str],
+    measure: Callable[[Results, Path], None],
+    summary: Callable[[Sequence[Row]], list[Row]],
+    columns: Sequence[str],
+    shown: Sequence[str],
+) -> None:
+    """Run what is missing, or take the rows of other files, and print the tables of the runs and of their summary.
+
+    Args:
+        options: Of `options_of`.
+        key: Names of what tells rows apart.
+        measure: Adds what is missing, with a scratch folder.
+        summary: Rows from rows.
+        columns: Of the runs.
+        shown: Of the summary.
+    """
     warnings.filterwarnings("ignore")
     results = Results(options.out)
     if options.take:
-        take(results, options.take)
+        take(results, options.take, key)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            measure(options, overrides, results, folder)
-    for row in summary(results.rows, options.save):
-        results.add({k: row[k] for k in KEY if k in row}, {k: v for k, v in row.items() if k not in KEY})
-    print(table([row for row in results.rows if row["part"] == "run"], COLUMNS))
-    shown = ("method", "split", "scale", "lr", *FIGURES[:4], "ap_sd", "ap_tiny_sd", "ap_low", "ap_high")
-    shown += ("ap_tiny_low", "ap_tiny_high", "runs", "steps")
+            measure(results, Path(folder))
+    for row in summary(results.rows):
+        results.add({k: row[k] for k in key if k in row}, {k: v for k, v in row.items() if k not in key})
+    print(table([row for row in results.rows if row["part"] == "run"], columns))
     print(table([row for row in results.rows if row["part"] == "summary"], shown))
 
 
-def measure(options: argparse.Namespace, overrides: list[str], results: Results, folder: str) -> None:
+def main(args: Sequence[str] | None = None) -> None:
+    """Run what is missing and print the tables."""
+    options, overrides = arguments(args)
+    shown = ("method", "split", "scale", "lr", *FIGURES[:4], "ap_sd", "ap_tiny_sd", "ap_low", "ap_high")
+    shown += ("ap_tiny_low", "ap_tiny_high", "runs", "steps")
+    run_and_summarise(
+        options,
+        KEY,
+        lambda results, folder: measure(options, overrides, results, folder),
+        lambda rows: summary(rows, options.save),
+        COLUMNS,
+        shown,
+    )
+
+
+def measure(options: argparse.Namespace, overrides: list[str], results: Results, folder: Path) -> None:
     """All runs that are missing, seed by seed."""
     base = ["--config", options.config, "--data.root", str(options.root), "--data.group", "stem"]
     frame = f"[{256 * options.scale},{320 * options.scale}]"
     base = [*TINY] if options.tiny else [*base, "--data.image_size", frame]
-    base += [*QUIET, "--trainer.default_root_dir", folder, *overrides]
+    base += [*QUIET, "--trainer.default_root_dir", str(folder), *overrides]
     plan: list[tuple[Way, Row]] = []
     for seed in options.seeds:
         for method in options.only:

@@ -14,16 +14,14 @@ Dice; without nnunetv2 its network is measured with MONAI's loss, and the row sa
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from common import Results, Row, table
 from dsunet_peers import dynunet, monai_loss, nearest_targets, nnunet_loss, plain_conv_unet, version
-from steps import DTYPES, clean, compiler, measured, setup
+from steps import DTYPES, clean, compiler, measured, setup, step_options
 from torch import Tensor, nn
 
 from lit_common.graph import GraphedStep
@@ -224,13 +222,7 @@ def _size(row: Row) -> tuple[int, int]:
 
 def main(args: list[str] | None = None) -> None:
     """Measure what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/dsunet_step.json"))
-    parser.add_argument("--only", default="", help="comma-separated words that `SIDE bBATCH WAY` contains")
-    parser.add_argument("--brief", action="store_true", help="for all sizes only the ways that matter most")
-    parser.add_argument("--deadline", type=float, default=float("inf"), help="Unix time that no row should pass")
-    parser.add_argument("--tiny", action="store_true", help="a dry run on a CPU")
-    options = parser.parse_args(args)
+    options = step_options(__doc__, "dsunet_step", "SIDE bBATCH WAY", args)
     device = setup()
     results = Results(options.out)
     sizes, others = (((16, 2),), ()) if options.tiny else (((96, 8), (128, 2)), ((96, 2), (128, 8)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,3 +69,22 @@ def clean() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def step_options(doc: str | None, out: str, words: str, args: list[str] | None) -> argparse.Namespace:
+    """Options of a script that times steps in many ways.
+
+    Args:
+        doc: Of the script.
+        out: Name of its results.
+        words: What the words of `--only` are looked for in.
+        args: Command line.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/{out}.json"))
+    parser.add_argument("--only", default="", help=f"comma-separated words that `{words}` contains")
+    parser.add_argument("--brief", action="store_true", help="for all sizes only the ways that matter most")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="Unix time that no row should pass")
+    parser.add_argument("--tiny", action="store_true", help="a dry run on a CPU")
+    return parser.parse_args(args)

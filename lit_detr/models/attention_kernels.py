@@ -31,6 +31,16 @@ def _corner(base, stride, start, cx, cy, w, h, inside, d, own):
 
 
 @triton.jit
+def _place(locations, at, h, w, inside):
+    """The upper left corner of the cells' centres around some points, and how far the points lie from it."""
+    # Far points are brought to where all four corners are still outside: an integer holds no such float.
+    x = tl.minimum(tl.maximum(tl.load(locations + 2 * at, inside, 0.0) * w - 0.5, -2.0), w + 1.0)
+    y = tl.minimum(tl.maximum(tl.load(locations + 2 * at + 1, inside, 0.0) * h - 0.5, -2.0), h + 1.0)
+    left, top = tl.floor(x), tl.floor(y)
+    return left.to(tl.int32), top.to(tl.int32), x - left, y - top
+
+
+@triton.jit
 def _forward(
     value, locations, weights, levels, out, Q, stride_b, stride_h, stride_s,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, D: tl.constexpr,
@@ -50,12 +60,7 @@ def _forward(
         for p in range(POINTS):
             at = (row * LEVELS + level) * POINTS + p
             share = tl.load(weights + at, inside, 0.0)
-            # Far points are brought to where all four corners are still outside: an integer holds no such float.
-            x = tl.minimum(tl.maximum(tl.load(locations + 2 * at, inside, 0.0) * w - 0.5, -2.0), w + 1.0)
-            y = tl.minimum(tl.maximum(tl.load(locations + 2 * at + 1, inside, 0.0) * h - 0.5, -2.0), h + 1.0)
-            left, top = tl.floor(x), tl.floor(y)
-            fx, fy = x - left, y - top
-            cx, cy = left.to(tl.int32), top.to(tl.int32)
+            cx, cy, fx, fy = _place(locations, at, h, w, inside)
             for j in tl.static_range(2):
                 for i in tl.static_range(2):
                     of_x = fx if i else 1.0 - fx
@@ -88,11 +93,7 @@ def _backward(
         for p in range(POINTS):
             at = (row * LEVELS + level) * POINTS + p
             share = tl.load(weights + at, inside, 0.0)
-            x = tl.minimum(tl.maximum(tl.load(locations + 2 * at, inside, 0.0) * w - 0.5, -2.0), w + 1.0)
-            y = tl.minimum(tl.maximum(tl.load(locations + 2 * at + 1, inside, 0.0) * h - 0.5, -2.0), h + 1.0)
-            left, top = tl.floor(x), tl.floor(y)
-            fx, fy = x - left, y - top
-            cx, cy = left.to(tl.int32), top.to(tl.int32)
+            cx, cy, fx, fy = _place(locations, at, h, w, inside)
             d_share = tl.zeros((BLOCK_Q,), tl.float32)
             d_x = tl.zeros((BLOCK_Q,), tl.float32)
             d_y = tl.zeros((BLOCK_Q,), tl.float32)

@@ -1,8 +1,5 @@
-"""The kernels on a CPU: in Triton's interpreter, which has to be asked for before Triton is imported."""
+"""The kernels in Triton's interpreter and on a GPU."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,23 +7,19 @@ import torch
 
 from lit_dsunet.models import build_network
 from lit_dsunet.models import channels_last as cl
+from tests.helpers.interpreter import passes_in_the_interpreter, passes_on_the_gpu
 
 CASES = Path(__file__).with_name("channels_last_cases.py")
 
 
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(CASES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "skipped" not in done.stdout
+    passes_in_the_interpreter(CASES)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu():
-    assert pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", str(CASES)]) == 0
+    passes_on_the_gpu(CASES)
 
 
 def test_elsewhere_torch_does_it():
