@@ -35,12 +35,14 @@ def _term(x, quality, alpha, gamma, KIND: tl.constexpr):
     p = 1.0 / (1.0 + tl.exp(-x))
     if KIND == 0:
         positive = alpha * _power(1.0 / (1.0 + tl.exp(x)), gamma) * _softplus(-x)
-        return positive - (1.0 - alpha) * _power(p, gamma) * _softplus(x)
-    share = quality if KIND == 1 else _power(quality, gamma)
-    positive = _softplus(x) - share * x
-    if KIND == 1:
-        positive = quality * positive
-    return positive - alpha * _power(p, gamma) * _softplus(x)
+        negative = (1.0 - alpha) * _power(p, gamma) * _softplus(x)
+    else:
+        share = quality if KIND == 1 else _power(quality, gamma)
+        positive = _softplus(x) - share * x
+        if KIND == 1:
+            positive = quality * positive
+        negative = alpha * _power(p, gamma) * _softplus(x)
+    return positive - negative
 
 
 @triton.jit
