@@ -31,6 +31,7 @@ __all__ = [
     "Window",
     "activate",
     "channel_widths",
+    "clip_head",
     "nth",
     "pixel_shuffle",
     "trim",
@@ -356,3 +357,8 @@ class ClipHead(nn.Module):
                 weights = (self.query @ x / x.shape[1] ** 0.5).softmax(dim=1)
                 pooled = (x * weights[:, None]).sum(dim=2)
             return F.normalize(self.output(F.gelu(self.hidden(pooled))), dim=1)
+
+
+def clip_head(channels: int, size: int | None, *, pool: Pool, stop_gradient: bool) -> ClipHead | None:
+    """A `ClipHead`; None without a size."""
+    return None if size is None else ClipHead(channels, size, pool=pool, stop_gradient=stop_gradient)

@@ -14,13 +14,13 @@ from lit_cli.errors import InputError
 from lit_patchnerf.models.blocks import (
     Activation,
     Block,
-    ClipHead,
     Decoded,
     Pool,
     RgbHead,
     UpStage,
     activate,
     channel_widths,
+    clip_head,
     nth,
 )
 from lit_patchnerf.models.encoding import PositionalEncoding
@@ -243,16 +243,8 @@ class CoordinateDecoder(nn.Module):
         )
         self.rgb = RgbHead(widths[-1])
         self.clip_stage = config.clip_stage
-        self.clip = (
-            ClipHead(
-                widths[config.clip_stage],
-                config.clip_dim,
-                pool=config.clip_pool,
-                stop_gradient=config.clip_stop_gradient,
-            )
-            if config.clip_dim is not None
-            else None
-        )
+        width = widths[config.clip_stage]
+        self.clip = clip_head(width, config.clip_dim, pool=config.clip_pool, stop_gradient=config.clip_stop_gradient)
         self.patch = config.patch
         self.first = tuple((d - p) // 2 for d, p in zip(config.decoded, config.patch, strict=True))
 

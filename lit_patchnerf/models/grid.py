@@ -14,7 +14,6 @@ from lit_cli.errors import InputError
 from lit_patchnerf.models.blocks import (
     Activation,
     Block,
-    ClipHead,
     Conv,
     Decoded,
     Pool,
@@ -23,6 +22,7 @@ from lit_patchnerf.models.blocks import (
     Window,
     activate,
     channel_widths,
+    clip_head,
     nth,
     trim,
     without_autocast,
@@ -249,16 +249,8 @@ class GridDecoder(nn.Module):
         )
         self.rgb = RgbHead(widths[-1])
         self.clip_stage = config.clip_stage
-        self.clip = (
-            ClipHead(
-                widths[config.clip_stage],
-                config.clip_dim,
-                pool=config.clip_pool,
-                stop_gradient=config.clip_stop_gradient,
-            )
-            if config.clip_dim is not None
-            else None
-        )
+        width = widths[config.clip_stage]
+        self.clip = clip_head(width, config.clip_dim, pool=config.clip_pool, stop_gradient=config.clip_stop_gradient)
         self.halos, self.spares = self._plan()
 
     def _plan(self) -> tuple[list[Pair], list[Pair]]:
