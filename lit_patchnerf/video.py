@@ -14,7 +14,6 @@ from typing import Self
 
 import cv2
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from lit_cli.errors import InputError
@@ -309,6 +308,9 @@ def _decode(path: Path) -> Iterator[Frames]:
             code = cv2.COLOR_BGR2RGB if frame.ndim == 3 else cv2.COLOR_GRAY2RGB
             yield np.asarray(cv2.cvtColor(frame, code), np.uint8)
         if count < promised - 1:  # the count of a header is often off by one
+            # Here, since who decodes a file needs nothing that trains.
+            from lightning.pytorch.utilities import rank_zero_warn
+
             rank_zero_warn(f"{path}: {count} of {int(promised)} frames could be read", category=UserWarning)
     finally:
         capture.release()
