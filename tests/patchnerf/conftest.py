@@ -27,10 +27,10 @@ def video(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """Grid mode with embeddings, 30 epochs."""
+    """Grid mode with embeddings, 20 epochs."""
     folder = tmp_path_factory.mktemp("trained")
     model = make_model(clip_start=0.0, lr=0.02, decoder={"clip_stage": 1})
-    options = {"max_epochs": 30, "check_val_every_n_epoch": 30, "validate": True}
+    options = {"max_epochs": 20, "check_val_every_n_epoch": 20, "validate": True}
     trainer = fit(folder, model, data=make_data(embeddings="toy:8"), **options)
     trainer.save_checkpoint(folder / "trained.ckpt")
     return Trained(folder / "trained.ckpt", {k: float(v) for k, v in trainer.callback_metrics.items()})

@@ -1,0 +1,66 @@
+"""`lit-patchnerf fit | validate | test | predict | query | compress | decode | export`, from a shell or a notebook."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from lightning.pytorch.cli import LightningArgumentParser
+from lit_callbacks import PredictionLogger
+
+from lit_cli.cli import LitCLI, one_line, run
+from lit_patchnerf.data import PatchVideoData
+from lit_patchnerf.module import LitPatchNeRF
+from lit_patchnerf.predict import FrameWriter
+from lit_patchnerf.rollback import RollBack
+
+
+class VideoCLI(LitCLI):
+    """The shared command line with the groups `plots`, `predictions` and `rollback`."""
+
+    groups: ClassVar = {"plots": PredictionLogger, "predictions": FrameWriter, "rollback": RollBack}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """A collapse is one of the pixels: the whole loss rises where the embeddings' part is switched on."""
+        super().add_arguments_to_parser(parser)
+        parser.set_defaults({"rollback.key": "pixels"})
+
+
+def main(args: Sequence[str] | None = None) -> VideoCLI:
+    """Run the command line.
+
+    Args:
+        args: Arguments without the program's name; by default the process's.
+
+    Returns:
+        The finished command line: its `trainer`, `model` and `datamodule` can be used further.
+    """
+    return run(LitPatchNeRF, PatchVideoData, "lit_patchnerf", args, VideoCLI)
+
+
+def console() -> None:
+    """Entry point of the console script: the Trainer's subcommands, and those that train nothing."""
+    args = sys.argv[1:]
+    command = _command(args[0]) if args else None
+    if command is None:
+        main()  # its value would become the exit status
+    else:
+        one_line("lit_patchnerf", lambda: command(args[1:]))
+
+
+def _command(word: str) -> Callable[[list[str]], object] | None:
+    """What a first word stands for, unless it is one of the Trainer's."""
+    if word == "query":
+        from lit_patchnerf.query import query_main
+
+        return query_main
+    if word in ("compress", "decode", "export"):
+        from lit_patchnerf import export
+
+        return {"compress": export.compress_main, "decode": export.decode_main, "export": export.export_main}[word]
+    return None
+
+
+if __name__ == "__main__":
+    console()
