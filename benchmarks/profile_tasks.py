@@ -84,6 +84,14 @@ class Task(ABC):
     def describe(self, data: Any, options: argparse.Namespace) -> Row:
         """The row's cells about its samples: `frame`, `batch`, `data`."""
 
+    def samples_of(self, batch: Any, described: Row) -> int:
+        """Samples in a batch of training; `described` is what `describe` returned."""
+        return described["batch"]
+
+    def more_figures(self, row: Row) -> Row:
+        """Further cells, from a measured row."""
+        return {}
+
     def speed(self, row: Row) -> float:
         """What is compared with the reference's."""
         return row["samples_s"]
@@ -360,4 +368,127 @@ def draw(data: DetectionData, boxes: int, tiny: bool) -> None:
     data._table, data._synthetic = scenes.read(), scenes  # type: ignore[assignment]
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Landmarks(), Volumes(), Detections())}
+# ---- video -----------------------------------------------------------------------------------------------------------
+
+CLIP = (132, 720, 1280)  # frames and sides of Big Buck Bunny
+DRAWN_FRAMES = 4  # that a drawn clip repeats: drawing takes longer than training
+BATCHES = (16, 24)  # of the network of the profile for 8 GB, which the guide trains with 24 on 40 GB
+TINY_VIDEO = {
+    "grid": {"strides": "[4,2]", "floor": "4", "latent_frames": "[6]", "latent_channels": "[4]"},
+    "coordinate": {"fc_dim": "8", "stem": "[4,4]", "strides": "[2,2]", "floor": "4", "levels": "8", "hidden": "16"},
+}
+
+
+class Videos(Task):
+    """One video: Big Buck Bunny if it is named, else a drawn one of its size."""
+
+    name = "patchnerf"
+    prefix = "patchnerf/"
+    results = "profiles_patchnerf.json"
+    reference = "patchnerf/a100_moderate"
+    unit = "frames"
+    reserve_s = 120  # a batch may have many steps, and one row is compiled
+
+    def more_cases(self) -> list[Case]:
+        """Other batches on 8 GB, and the reference network of HNeRV's size without what makes it fast."""
+        small, fast = self.folder / "gpu_8gb.yaml", self.folder / "bunny_1.5m.yaml"
+        out = []
+        for n in BATCHES:
+            extra = ["--data.batch_size", str(n), "--data.steps_per_batch", "4"]
+            out.append(Case(f"patchnerf/gpu_8gb batch {n}", small, extra, card_gb(small)))
+        eager = ["--model.cuda_graph", "false"]
+        for words, extra in (
+            ("without CUDA graph", eager),
+            ("the Trainer's own steps", [*eager, "--data.steps_per_batch", "1"]),
+            ("compiled", ["--model.compile", "true"]),
+            ("fp32", ["--trainer.precision", "32-true"]),
+        ):
+            out.append(Case(f"patchnerf/bunny_1.5m {words}", fast, extra, card_gb(fast)))
+        return out
+
+    def arguments(self, profile: Path, options: argparse.Namespace) -> list[str]:
+        """The video; a stand-in for a CLIP tower, which costs the network as much."""
+        text = profile.read_text()
+        out = ["--plots.num_first", "0", "--plots.worst_k", "0"]
+        if re.search(r"^  embeddings:", text, re.MULTILINE):
+            out += ["--data.embeddings", "toy:512"]
+        if options.root:
+            out += ["--data.video", options.root]
+        if options.tiny:
+            mode = "coordinate" if re.search(r"^  mode: coordinate", text, re.MULTILINE) else "grid"
+            out += ["--data.crop", "null", "--data.patch_size", "null", "--data.grid", "[2,4]"]
+            out += ["--data.steps_per_batch", "2", "--model.ssim_window", "5", "--model.ssim_scales", "1"]
+            out += ["--model.target_params", "6000" if mode == "grid" else "null"]
+            out += [word for k, v in TINY_VIDEO[mode].items() for word in (f"--model.decoder.{k}", v)]
+        return out
+
+    def build(self, arguments: list[str], options: argparse.Namespace, case: Case) -> LitCLI:
+        """Module, data and Trainer."""
+        from lit_patchnerf.__main__ import VideoCLI
+        from lit_patchnerf.data import PatchVideoData
+        from lit_patchnerf.module import LitPatchNeRF
+        from lit_patchnerf.store import from_frames
+
+        cli = VideoCLI(LitPatchNeRF, PatchVideoData, "lit_patchnerf", arguments, build_only=True)
+        if not options.root:
+            frames, facts = clip(*((10, 32, 64) if options.tiny else CLIP))
+            h = cli.datamodule.hparams
+            cli.datamodule._prepared = from_frames(frames, facts, h["crop"], h["patch_size"], h["grid"])
+        return cli
+
+    def batches_in_epoch(self, data: Any) -> int:
+        """Each has the samples of several optimizer steps."""
+        together = data.hparams["steps_per_batch"]
+        return max(1, -(-data.steps_per_epoch // together))
+
+    def samples_of(self, batch: Any, described: Row) -> int:
+        """Of all its steps; the last one of an epoch has fewer."""
+        return batch.index.numel()
+
+    def describe(self, data: Any, options: argparse.Namespace) -> Row:
+        """Frames, what is trained on, and how many samples an epoch has."""
+        h, geometry = data.hparams, data.geometry
+        row: Row = {"frame": f"{geometry.crop[1]}x{geometry.crop[0]}", "batch": h["batch_size"]}
+        row |= {"steps_per_batch": h["steps_per_batch"], "sample": h["sample"]}
+        row["per_frame"] = geometry.per_frame if h["sample"] == "patch" else 1
+        row |= {"samples_epoch": data.steps_per_epoch * h["batch_size"], "frames": data.count}
+        return row | {"data": Path(options.root).name if options.root else "drawn"}
+
+    def more_figures(self, row: Row) -> Row:
+        """Seconds of an epoch."""
+        return {"s_epoch": round(row["samples_epoch"] / row["samples_s"], 3) if row["samples_s"] else None}
+
+    def speed(self, row: Row) -> float:
+        """Frames, since some profiles learn patches."""
+        return row["samples_s"] / row["per_frame"]
+
+    def speed_words(self, row: Row, ratio: float | None) -> str:
+        """Frames per second, and how long an epoch is."""
+        words = f"{self.speed(row):.3g} frames/s" + (
+            f" = {ratio:.2f} x {self.reference.removeprefix(self.prefix)}" if ratio else ""
+        )
+        return f"{words}, {row['s_epoch']:.3g} s an epoch"
+
+    def more_words(self, name: str, results: Results) -> str:
+        """PSNR and seconds of whole trainings, from the benchmarks that do them."""
+        short = name.removeprefix(self.prefix)
+        for file, split in (("patchnerf_bunny", None), ("patchnerf_guide", "1_1_1")):
+            key = {"part": "summary", "profile": short, "epochs_wanted": None, "overrides": ""}
+            row = Results(results.path.parent / f"{file}.json").get(**key, **({"split": split} if split else {}))
+            if row is not None and row.get("psnr_db") is not None:
+                seconds = f"{row['train_s']:.0f} s of training on {row['device']}"
+                return f"; {row['psnr_db']:.2f} dB on Big Buck Bunny after {row['epochs']:.0f} epochs, {seconds}"
+        return ""
+
+
+@functools.lru_cache(maxsize=1)
+def clip(count: int, height: int, width: int) -> Any:
+    """Frames (T, H, W, 3) of a drawn video and its facts; the same few frames again and again."""
+    from lit_patchnerf.synthetic import SyntheticVideo
+
+    scene = SyntheticVideo(frames=min(count, DRAWN_FRAMES), height=height, width=width)
+    drawn = scene.draw()
+    return drawn[np.arange(count) % len(drawn)], replace(scene.facts(), count=count)
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (Landmarks(), Volumes(), Detections(), Videos())}

@@ -4,12 +4,13 @@ Each profile goes through the real command line and the real Trainer, with augme
 state and one validation; only downloaded weights, loggers and checkpoints are left out. The allocator is limited to the
 memory of the profile's card (its header names it) less what a CUDA context takes there. Memory therefore transfers to
 the card as far as the kernels are the same; speed does not, so it is given relative to that of one profile
-(rtx3070ti_balanced, dsunet/guide_baseline, detr/rtxa5000) on the same device. Batches that the original guides name are
-tried as well.
+(rtx3070ti_balanced, dsunet/guide_baseline, detr/rtxa5000, patchnerf/a100_moderate) on the same device. Batches that the
+original guides name are tried as well.
 
     python benchmarks/profiles.py --root data/isbi2015 --pixel-size 0.1
     python benchmarks/profiles.py --task dsunet
     python benchmarks/profiles.py --task detr --write-headers
+    python benchmarks/profiles.py --task patchnerf --root bigbuckbunny.mp4
 
 What is measured of each task, and with which data, is in profile_tasks.py.
 """
@@ -20,6 +21,7 @@ import argparse
 import gc
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,17 @@ COLUMNS = ("name", "frame", "batch", "precision", "limit_gb", "fits", "reserved_
 
 
 class Window(Callback):
-    """Times the batches of a window without waiting for the device in between."""
+    """Times the batches of a window without waiting for the device in between.
 
-    def __init__(self, skip: int, count: int) -> None:
-        self.skip, self.count = skip, count
-        self.seen = 0
+    Args:
+        skip: Batches before it.
+        count: Batches in it.
+        samples: How many samples a batch has.
+    """
+
+    def __init__(self, skip: int, count: int, samples: Callable[[Any], int]) -> None:
+        self.skip, self.count, self.samples_of = skip, count, samples
+        self.seen = self.samples = 0
         self.laps: Laps | None = None
 
     def on_train_batch_end(
@@ -57,6 +65,7 @@ class Window(Callback):
             self.laps = Laps(pl_module.device)
         if self.laps is not None and self.seen <= self.skip + self.count:
             self.laps.mark()
+            self.samples += self.samples_of(batch) * (self.seen > self.skip)
 
 
 def build(task: Task, case: Case, options: argparse.Namespace, folder: str) -> LitCLI:
@@ -85,10 +94,11 @@ def run(task: Task, case: Case, options: argparse.Namespace) -> Row:
         epochs = -(-(skip + count) // task.batches_in_epoch(data))
         trainer.fit_loop.max_epochs = trainer.check_val_every_n_epoch = epochs
         trainer.limit_train_batches = -(-(skip + count) // epochs)
-        window = Window(skip, count)
+        described = task.describe(data, options)
+        window = Window(skip, count, lambda batch: task.samples_of(batch, described))
         trainer.callbacks.append(window)  # type: ignore[attr-defined]
         row: Row = {
-            **task.describe(data, options),
+            **described,
             "accumulate": accumulate,
             "precision": str(trainer.precision),
             "compile": module.hparams["compile"],
@@ -112,9 +122,9 @@ def run(task: Task, case: Case, options: argparse.Namespace) -> Row:
         row["allocated_gb"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
         row["reserved_gb"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
     row["batches"] = len(seconds)
-    row["samples_s"] = round(row["batch"] * len(seconds) / sum(seconds), 1)
+    row["samples_s"] = round(window.samples / sum(seconds), 1)
     row["batch_ms"], row["batch_ms_iqr"] = round(step.median, 2), round(step.iqr, 2)
-    return row
+    return row | task.more_figures(row)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -202,10 +212,10 @@ def write_headers(results: Results, folder: Path, task: Task = TASKS["landmarks"
             continue
         lines = path.read_text().splitlines()
         old = [i for i, line in enumerate(lines) if line.startswith(MEASURED)]
-        if len(old) != 2 or old[1] != old[0] + 1:
+        if not 1 <= len(old) <= 2 or old[-1] != old[0] + len(old) - 1:  # one says that nothing was measured yet
             raise SystemExit(f"{path}: expected two lines '{MEASURED}' in a row")
         more = task.more_words(row["name"], results)
-        lines[old[0] : old[0] + 2] = header_lines(task, row, relative(task, row, results), more)
+        lines[old[0] : old[-1] + 1] = header_lines(task, row, relative(task, row, results), more)
         text = "\n".join(lines) + "\n"
         if text != path.read_text():
             path.write_text(text)

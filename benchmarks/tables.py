@@ -33,6 +33,7 @@ from table_parts import (
 )
 from tables_detr import TABLES_DETR
 from tables_dsunet import TABLES_DSUNET
+from tables_patchnerf import TABLES_PATCHNERF
 
 ROOT = Path(__file__).parents[1]
 SECTION = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -367,6 +368,7 @@ TABLES: Tables = {
     "codec-all": ("codec", codec_all),
     **TABLES_DSUNET,
     **TABLES_DETR,
+    **TABLES_PATCHNERF,
 }
 
 
