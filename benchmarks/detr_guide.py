@@ -180,7 +180,7 @@ def run(setting: Setting, root: Path, tiny: bool) -> Row:
         row["train_images"], row["val_images"] = (len(data.prepared(s)) for s in ("train", "val"))
         trainer.limit_train_batches = skip + length * windows
         check_shared_memory(data, trainer.limit_train_batches)
-        window, validation = Window(skip, length * windows), ValidationTime()
+        window, validation = Window(skip, length * windows, lambda _: h["batch_size"]), ValidationTime()
         trainer.callbacks += [window, validation]  # type: ignore[attr-defined]
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

@@ -443,7 +443,7 @@ class Videos(Task):
 
     def samples_of(self, batch: Any, described: Row) -> int:
         """Of all its steps; the last one of an epoch has fewer."""
-        return batch.index.numel()
+        return batch.indices.numel()
 
     def describe(self, data: Any, options: argparse.Namespace) -> Row:
         """Frames, what is trained on, and how many samples an epoch has."""

@@ -77,7 +77,7 @@ class PatchVideoData(LightningDataModule):
         >>> data = PatchVideoData(synthetic=scene, grid=[1, 2], data_split="3_3_4", batch_size=2, steps_per_batch=3)
         >>> data.setup("fit")
         >>> batch = next(iter(data.train_dataloader()))
-        >>> tuple(batch.index.shape), tuple(batch.pixels.shape)
+        >>> tuple(batch.indices.shape), tuple(batch.pixels.shape)
         ((3, 2), (3, 2, 3, 16, 16))
     """
 

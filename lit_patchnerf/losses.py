@@ -142,7 +142,7 @@ class PixelLoss(nn.Module):
         if "ssim" in self.terms and min(height, width) < self.window:
             raise InputError(
                 f"model.loss: SSIM with a window of {self.window} needs patches of at least that side, got "
-                f"{height} x {width}: expected a larger data.patch or a smaller model.ssim_window"
+                f"{height} x {width}: expected a larger data.patch_size or a smaller model.ssim_window"
             )
         if "ms_ssim" in self.terms and fitting_scales(height, width, self.window) < self.scales:
             raise InputError(

@@ -279,7 +279,7 @@ class SeamRatio(_FrameRows):
     def __init__(self, patch: Sequence[int], **kwargs: object) -> None:
         super().__init__(("border", "inside", "target_border", "target_inside"), **kwargs)
         if len(patch) != 2 or not all(side > 0 for side in patch):
-            raise InputError(f"data.patch is {list(patch)}, expected a height and a width in pixels")
+            raise InputError(f"data.patch_size is {list(patch)}, expected a height and a width in pixels")
         self.patch = (int(patch[0]), int(patch[1]))
 
     def update(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -197,6 +198,8 @@ class LitPatchNeRF(LightningModule):
         if stage == "predict" and h["geometry"] is not None:
             return
         fresh = h["geometry"] is None
+        if fresh and h["mode"] == "grid" and "latent_frames" not in (h["decoder"] or {}):
+            h["decoder"] = {**(h["decoder"] or {}), "latent_frames": latent_frames(data.count, data.split.train)}
         own = {"frames": data.count, "geometry": data.geometry.to_dict()}
         for name, value in own.items():
             if h[name] is None:
@@ -259,7 +262,6 @@ class LitPatchNeRF(LightningModule):
         options["clip_dim"] = h["clip_dim"]
         if h["mode"] == "grid":
             options |= {"frame": geometry.canvas, "grid": geometry.grid}
-            options.setdefault("latent_frames", [h["frames"], max(2, h["frames"] // 4)])
         else:
             options["patch"] = geometry.patch
         config = decoder_config(h["mode"], options, target_params=h["target_params"])
@@ -356,7 +358,7 @@ class LitPatchNeRF(LightningModule):
             self._steps = OptimizerSteps(
                 self._terms, optimizer, parameters, clip=self.hparams["gradient_clip"], capture=self._captures
             )
-        first, count = self.trainer.global_step, len(batch.index)
+        first, count = self.trainer.global_step, len(batch.indices)
         if self._rounds(first) and not self._rounds(first - count):
             self._steps.forget()
         factors = [self._factor(step) for step in range(first, first + count)]
@@ -373,14 +375,14 @@ class LitPatchNeRF(LightningModule):
 
     def _inputs(self, batch: TrainBatch, first: int) -> list[Tensor]:
         """Tensors (K, ...) that the steps read; what is absent has no elements."""
-        count, device = len(batch.index), batch.pixels.device
+        count, device = len(batch.indices), batch.pixels.device
         total = self._total_steps
         shares = torch.tensor([(first + k) / total for k in range(count)], dtype=torch.float32)
         shares = shares.to(device, non_blocking=True)
         none = batch.pixels.new_empty(count, 0, dtype=torch.float32)
         weight = none if batch.weight is None else batch.weight
         embeddings = none if batch.embeddings is None else batch.embeddings
-        return [batch.index, batch.pixels, weight, embeddings, shares]
+        return [batch.indices, batch.pixels, weight, embeddings, shares]
 
     def _terms(self, index: Tensor, pixels: Tensor, weight: Tensor, embeddings: Tensor, share: Tensor) -> Tensor:
         """(T,) of `TERMS` of one optimizer step."""
@@ -416,7 +418,7 @@ class LitPatchNeRF(LightningModule):
         return h["qat_bits"] is not None and step >= round(h["qat_start"] * self._total_steps)
 
     def _note(self, terms: Tensor, batch: TrainBatch) -> None:
-        size = batch.index.numel()
+        size = batch.indices.numel()
         self.log("train/loss", terms[0].clone(), prog_bar=True, batch_size=size)
         if batch.embeddings is not None:
             self.log_dict({f"train/{n}": t.clone() for n, t in zip(TERMS[1:], terms[1:], strict=True)}, batch_size=size)
@@ -511,13 +513,13 @@ class LitPatchNeRF(LightningModule):
     def _measure(self, stage: str, batch: FrameBatch) -> dict[str, Any]:
         geometry = self.geometry
         parts: Any = self.metrics[stage]
-        decoded = self.decode(self.frame_times(batch.index))
+        decoded = self.decode(self.frame_times(batch.indices))
         rgb = decoded.rgb.float().clamp(0, 1)
         target = unit_range(batch.pixels)
         inside, wanted = geometry.cut(rgb), geometry.cut(target)
-        parts["frames"].update(batch.index, batch.split, inside, wanted)
+        parts["frames"].update(batch.indices, batch.split, inside, wanted)
         if "seams" in parts:
-            parts["seams"].update(batch.index, batch.split, rgb, target)
+            parts["seams"].update(batch.indices, batch.split, rgb, target)
         if batch.hidden is not None:
             hidden = geometry.cut(batch.hidden).float()
             error = ((inside - wanted).square() * hidden).sum((1, 2, 3)) / (3 * hidden.sum((1, 2, 3))).clamp_min(1)
@@ -626,6 +628,26 @@ class LitPatchNeRF(LightningModule):
         else:
             found = to_bytes(decode_region(self._network(), batch.times, geometry, region))
         return {"pixels": found.permute(0, 2, 3, 1), "numbers": batch.numbers}
+
+
+def latent_frames(count: int, train: Sequence[int]) -> list[int]:
+    """Points in time of the two resolutions of a grid decoder's latents.
+
+    As many as frames and a quarter of them; fewer where frames are held out, so that every point lies near enough to a
+    trained frame to be trained.
+
+    Args:
+        count: Frames of the video.
+        train: Those that are trained on, ascending.
+
+    Example:
+        >>> latent_frames(132, range(132)), latent_frames(20, [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15])
+        ([132, 33], [4, 3])
+    """
+    known = [-1, *train, count]
+    gap = max(b - a for a, b in pairwise(known))  # 1 where all are trained on
+    fine = max(2, count // gap)
+    return [fine, min(fine, max(2, count // max(4, gap + 1)))]
 
 
 class _Trained(nn.Module):

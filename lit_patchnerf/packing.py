@@ -183,7 +183,7 @@ def compress_main(args: Sequence[str]) -> SizeReport:
     Raises:
         InputError: no such checkpoint or video, or what `pack` refuses.
     """
-    parser = Parser(prog="lit-patchnerf compress", description=compress_main.__doc__)
+    parser = Parser(prog="lit-patchnerf compress", description="A checkpoint to one small file.")
     parser.add_argument("--ckpt_path", required=True, help="best, last (of the newest run in --folder), or a file")
     parser.add_argument("--folder", type=Path, default=Path("logs/patchnerf"), help="of the runs (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("video.lpn"), help="file to write (%(default)s)")
@@ -290,7 +290,7 @@ def decode_main(args: Sequence[str]) -> Path:
     Raises:
         InputError: a file that is damaged, or a range, a region or a device that is not there.
     """
-    parser = Parser(prog="lit-patchnerf decode", description=decode_main.__doc__)
+    parser = Parser(prog="lit-patchnerf decode", description="A file back to frames or a film.")
     parser.add_argument("file", metavar="FILE.lpn")
     parser.add_argument("--out", type=Path, required=True, help="file that ends in .mp4, or a folder of PNG files")
     parser.add_argument("--range", type=float, nargs=2, metavar=("FIRST", "LAST"), help="frames, both included (all)")

@@ -12,7 +12,7 @@ __all__ = ["FrameBatch", "MomentBatch", "TrainBatch"]
 class TrainBatch(NamedTuple):
     """Samples of K optimizer steps, B each. A sample is a patch, or a frame where `data.sample` says so."""
 
-    index: Tensor
+    indices: Tensor
     """(K, B) int64: patches as of `lit_patchnerf.patches`, or frames"""
     pixels: Tensor
     """(K, B, 3, h, w) uint8"""
@@ -25,7 +25,7 @@ class TrainBatch(NamedTuple):
 class FrameBatch(NamedTuple):
     """Whole frames to evaluate on."""
 
-    index: Tensor
+    indices: Tensor
     """(F,) int64 in the video"""
     frames: list[int]
     """the same on the host"""

@@ -335,7 +335,6 @@ def _package(name: str, provider: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise InputError(
-            f"{provider} needs {name}, which is missing here ({first_line(error):.80}): "
-            "pip install 'lit-vision-tasks[clip]'"
-        ) from error
+        # transformers wants a huggingface-hub below 2, with which it is not in the extra.
+        way = "pip install 'lit-vision-tasks[clip]'" if name == "open_clip" else f"pip install {name}"
+        raise InputError(f"{provider} needs {name}, which is missing here ({first_line(error):.80}): {way}") from error

@@ -104,7 +104,7 @@ def test_files_of_options_in_layers(tmp_path, monkeypatch, video):
     cli = main(["fit", "--config", "demo", "--config", "own.yaml", "--model.lr", "0.002", "--data.embeddings", "null"])
     assert cli.trainer.global_step == 12
     h = cli.model.hparams
-    assert (h["lr"], h["loss"], h["optimizer"], h["frames"], h["clip_dim"]) == (0.002, "fusion9", "adamw", 8, None)
+    assert (h["lr"], h["loss"], h["optimizer"], h["frames"], h["clip_dim"]) == (0.002, "fusion9", "muon", 8, None)
     assert cli.trainer.max_epochs == 2
     assert Path("logs", "patchnerf", "own").is_dir()
 

@@ -41,7 +41,7 @@ def epoch(module: PatchVideoData, number: int = 0) -> list[TrainBatch]:
 
 
 def order(batches: list[TrainBatch]) -> list[int]:
-    return torch.cat([batch.index.flatten() for batch in batches]).tolist()
+    return torch.cat([batch.indices.flatten() for batch in batches]).tolist()
 
 
 class Watcher(LightningModule):
@@ -53,7 +53,7 @@ class Watcher(LightningModule):
         self.seen: dict[str, list] = {"train": [], "val": [], "test": [], "predict": []}
 
     def training_step(self, batch, batch_idx):
-        self.seen["train"].append(batch.index.flatten().tolist())
+        self.seen["train"].append(batch.indices.flatten().tolist())
         return (self.gain - batch.pixels.float().mean() / 255) ** 2
 
     def validation_step(self, batch, batch_idx):
@@ -122,14 +122,14 @@ def test_patches_are_cut_from_the_canvas():
     batches = epoch(module)
     assert len(batches) == len(module.train_dataloader()) == 3
     for batch in batches:
-        assert batch.index.shape == (3, 4)
-        assert batch.index.dtype == torch.int64
+        assert batch.indices.shape == (3, 4)
+        assert batch.indices.dtype == torch.int64
         assert batch.pixels.shape == (3, 4, 3, 9, 9)
         assert batch.pixels.dtype == torch.uint8
         assert batch.embeddings is None
         for k in range(3):
             for b in range(4):
-                t, r, c = np.unravel_index(int(batch.index[k, b]), (10, 2, 3))
+                t, r, c = np.unravel_index(int(batch.indices[k, b]), (10, 2, 3))
                 expected = module.frames[t, 9 * r : 9 * r + 9, 9 * c : 9 * c + 9].permute(2, 0, 1)
                 assert torch.equal(batch.pixels[k, b], expected)
 
@@ -154,9 +154,9 @@ def test_the_order_does_not_depend_on_the_steps_of_a_batch(size, drop_last):
         batches = epoch(module)
         found = order(batches)
         assert found == plain[: len(found)]
-        assert all(batch.index.shape[1] == size for batch in batches)
-        assert all(len(batch.index) == steps for batch in batches[:-1])
-        assert sum(len(batch.index) for batch in batches) == module.steps_per_epoch
+        assert all(batch.indices.shape[1] == size for batch in batches)
+        assert all(len(batch.indices) == steps for batch in batches[:-1])
+        assert sum(len(batch.indices) for batch in batches) == module.steps_per_epoch
         if drop_last:
             assert found == plain
             assert len(found) == TRAINED // size * size
@@ -171,7 +171,7 @@ def test_more_steps_than_an_epoch_has_are_cut_down(caplog):
     module = data(batch_size=5, steps_per_batch=50)
     assert "data.steps_per_batch is 50, but an epoch has 7 steps" in caplog.text
     (batch,) = epoch(module)
-    assert batch.index.shape == (7, 5)
+    assert batch.indices.shape == (7, 5)
     assert order([batch]) == order(epoch(data(batch_size=5)))
 
 
@@ -201,9 +201,9 @@ def test_whole_frames_as_samples(targets):
     assert [tuple(batch.pixels.shape) for batch in batches] == [(2, 2, 3, 18, 27), (1, 2, 3, 18, 27)]
     assert sorted(order(batches)) == module.split.train
     for batch in batches:
-        assert torch.equal(batch.pixels, module.frames[batch.index].permute(0, 1, 4, 2, 3))
-        assert torch.equal(batch.embeddings, module.embedding_table[batch.index])
-        assert batch.weight.shape == (*batch.index.shape, 1, 18, 27)
+        assert torch.equal(batch.pixels, module.frames[batch.indices].permute(0, 1, 4, 2, 3))
+        assert torch.equal(batch.embeddings, module.embedding_table[batch.indices])
+        assert batch.weight.shape == (*batch.indices.shape, 1, 18, 27)
         assert batch.weight.sum((2, 3, 4)).unique().tolist() == [18 * 26]  # not the padding
 
 
@@ -212,7 +212,7 @@ def test_padding_has_no_weight_and_no_padding_none():
     for batch in epoch(data()):
         assert batch.weight.shape == (1, 4, 1, 9, 9)
         assert batch.weight.dtype == torch.float32
-        last = batch.index % 3 == 2
+        last = batch.indices % 3 == 2
         assert torch.equal(batch.weight.sum((2, 3, 4)), torch.where(last, 72.0, 81.0))
         assert not batch.weight[last][..., -1].any()
 
@@ -226,7 +226,7 @@ def test_the_mask_hides_pixels_of_training_and_shows_them_in_evaluation(tmp_path
     padded = np.pad(white, ((0, 0), (0, 1)), constant_values=True)
     batches = epoch(module)
     assert len(order(batches)) == 6 * 5
-    for index, weight in ((i, w) for b in batches for i, w in zip(b.index[0], b.weight[0], strict=True)):
+    for index, weight in ((i, w) for b in batches for i, w in zip(b.indices[0], b.weight[0], strict=True)):
         r, c = divmod(int(index) % 6, 3)
         assert (r, c) != (0, 0)  # nothing of it can be seen
         np.testing.assert_array_equal(weight[0].numpy() == 0, padded[9 * r : 9 * r + 9, 9 * c : 9 * c + 9])
@@ -243,7 +243,7 @@ def test_embeddings_come_with_patches_and_frames(targets, tmp_path):
     table = module.embedding_table
     assert (module.embedding_dim, table.dtype) == (5, torch.float16)
     for batch in epoch(module):
-        assert torch.equal(batch.embeddings, table.reshape(-1, 5)[batch.index])
+        assert torch.equal(batch.embeddings, table.reshape(-1, 5)[batch.indices])
     assert torch.equal(torch.cat([batch.embeddings for batch in module.val_dataloader()]), table)
     assert targets == [("timm:tower", "w.pt", tmp_path, torch.device("cpu"))]  # made once
     assert data().embedding_dim is None
@@ -288,8 +288,8 @@ def test_evaluation_has_every_frame_in_order_with_its_role():
         assert torch.cat([batch.split for batch in batches]).tolist() == [0] * 6 + [1] + [2] * 3
         for batch in batches:
             assert isinstance(batch, FrameBatch)
-            assert batch.index.tolist() == batch.frames
-            assert torch.equal(batch.pixels, module.frames[batch.index].permute(0, 3, 1, 2))
+            assert batch.indices.tolist() == batch.frames
+            assert torch.equal(batch.pixels, module.frames[batch.indices].permute(0, 3, 1, 2))
             assert batch.hidden is None
             assert batch.embeddings is None
     held = data("validate", eval_frames="held_out")
@@ -345,7 +345,7 @@ def test_a_trainer_runs_every_stage(tmp_path, targets):
     assert module.seen["train"][:batches] != module.seen["train"][batches:]
     assert sum(len(batch.frames) for batch in module.seen["val"]) == 2 * 10
     trainer.test(module, datamodule=source, verbose=False)
-    assert torch.equal(torch.cat([batch.index for batch in module.seen["test"]]), torch.arange(10))
+    assert torch.equal(torch.cat([batch.indices for batch in module.seen["test"]]), torch.arange(10))
     found = trainer.predict(module, datamodule=source)
     assert [number for batch in found for number in batch.numbers] == [2, 2.5, 3, 3.5, 4, 4.5, 5]
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
@@ -369,7 +369,7 @@ def test_processes_share_an_epoch_and_make_the_same_steps():
             module = data(None, drop_last=drop_last, batch_size=size, steps_per_batch=steps, grid=[2, 2], limit=9)
             batches = epoch(in_process(module, rank, 4))
             shares.append(order(batches))
-            made.add(tuple(tuple(batch.index.shape) for batch in batches))
+            made.add(tuple(tuple(batch.indices.shape) for batch in batches))
             held += [frame for batch in module.val_dataloader() for frame in batch.frames]
         assert len(made) == 1
         assert sorted(held) == list(range(9))

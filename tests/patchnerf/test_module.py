@@ -71,7 +71,7 @@ def test_loss_by_hand(tmp_path, scene, mode, sample):
     fit(tmp_path, model, watch, data=data, max_steps=1, max_epochs=-1)
     table, errors, cosines = data.embedding_table.float(), [], []
     with torch.no_grad():
-        for sample_index in watch.batches[0].index[0].tolist():
+        for sample_index in watch.batches[0].indices[0].tolist():
             frame, cell = (sample_index, None) if sample == "frame" else divmod(sample_index, 8)
             row, column = divmod(cell or 0, 4)
             target, true = scene[frame], table[frame]

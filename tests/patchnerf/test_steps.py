@@ -86,12 +86,12 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path, together, name):
 
 def test_another_number_of_steps_in_the_middle_of_an_epoch_is_refused(tmp_path):
     train(tmp_path, 3, SaveAt(9, tmp_path / "nine.ckpt"))
-    with pytest.raises(InputError, match="data.steps_per_batch is 1, expected 3: the checkpoint lies inside an epoch"):
+    with pytest.raises(InputError, match=r"data.steps_per_batch is 1, expected 3: the checkpoint lies inside an epoch"):
         train(tmp_path, 1, ckpt_path=tmp_path / "nine.ckpt")
 
 
 def test_clipping_is_refused_where_it_would_do_nothing(tmp_path):
-    with pytest.raises(InputError, match="model.gradient_clip: expected trainer.gradient_clip_val"):
+    with pytest.raises(InputError, match=r"model.gradient_clip: expected trainer.gradient_clip_val"):
         train(tmp_path, 1, model={"gradient_clip": 1.0})
 
 
