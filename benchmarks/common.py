@@ -144,3 +144,13 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 def _cell(value: object) -> str:
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def take(results: Results, files: Sequence[Path], key: Sequence[str]) -> None:
+    """Add the rows of other files whose keys are not there yet, with the commit and date that they have."""
+    for file in files:
+        for row in Results(file).rows:
+            if results.get(**{k: row[k] for k in key if k in row}) is None:
+                results.rows.append(row)
+    results.path.parent.mkdir(parents=True, exist_ok=True)
+    results.path.write_text(json.dumps({"rows": results.rows}, indent=1) + "\n")

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import statistics
 import tempfile
@@ -38,7 +37,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from common import Results, Row, table
+from common import Results, Row, table, take
 from detr_equal_time import FIGURES, QUIET, TINY, Recipe, Way, build, compete
 from detr_peers import Peer, fcos_r18, rtdetr_v2
 
@@ -163,16 +162,6 @@ def pooled(rows: Sequence[Row], folder: Path) -> dict[str, Any] | None:
         return None
     found = {name: [np.load(file)[f"draws_{name}"] for file in files] for name in DRAWN}
     return {name: np.mean(values, axis=0) for name, values in found.items()}
-
-
-def take(results: Results, files: Sequence[Path], key: Sequence[str]) -> None:
-    """Add the rows of other files whose keys are not there yet, with the commit and date that they have."""
-    for file in files:
-        for row in Results(file).rows:
-            if results.get(**{k: row[k] for k in key if k in row}) is None:
-                results.rows.append(row)
-    results.path.parent.mkdir(parents=True, exist_ok=True)
-    results.path.write_text(json.dumps({"rows": results.rows}, indent=1) + "\n")
 
 
 def options_of(doc: str | None, out: str) -> argparse.ArgumentParser:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import statistics
 import tempfile
@@ -35,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Results, Row, table
+from common import Results, Row, table, take
 from dsunet_peers import dynunet, mirrored, monai_loss, monai_windows, version
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -353,16 +352,6 @@ def pooled(rows: Sequence[Row], figure: str) -> dict[str, float]:
             if value is not None:
                 seen.setdefault(name, []).append(value)
     return {name: statistics.fmean(found) for name, found in seen.items()}
-
-
-def take(results: Results, files: Sequence[Path], key: Sequence[str]) -> None:
-    """Add the rows of other files whose keys are not there yet, with the commit and date that they have."""
-    for file in files:
-        for row in Results(file).rows:
-            if results.get(**{k: row[k] for k in key if k in row}) is None:
-                results.rows.append(row)
-    results.path.parent.mkdir(parents=True, exist_ok=True)
-    results.path.write_text(json.dumps({"rows": results.rows}, indent=1) + "\n")
 
 
 def arguments(args: list[str] | None) -> tuple[argparse.Namespace, list[str]]:

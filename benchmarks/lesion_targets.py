@@ -26,8 +26,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import Results, Row, table
-from hippocampus import QUIET, PerCase, dealt, evaluate, fit, mean, pooled, take, values
+from common import Results, Row, table, take
+from hippocampus import QUIET, PerCase, dealt, evaluate, fit, mean, pooled, values
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 

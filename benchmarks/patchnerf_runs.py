@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import Results, Row, table
+from common import Results, Row, table, take
 from lightning.pytorch import Callback, LightningModule, Trainer
 from profile_tasks import CONFIGS
 from scipy.stats import t as student
@@ -290,16 +290,6 @@ def peak() -> Row:
 
 
 Job = tuple[Row, Callable[[], Row]]  # its key, and what makes the rest of the row
-
-
-def take(results: Results, files: Sequence[Path], key: Sequence[str]) -> None:
-    """Add the rows of other files whose keys are not there yet, with the commit and date that they have."""
-    for file in files:
-        for row in Results(file).rows:
-            if results.get(**{k: row[k] for k in key if k in row}) is None:
-                results.rows.append(row)
-    results.path.parent.mkdir(parents=True, exist_ok=True)
-    results.path.write_text(json.dumps({"rows": results.rows}, indent=1) + "\n")
 
 
 def work(results: Results, jobs: Iterable[Job], options: argparse.Namespace, columns: Sequence[str]) -> None:

@@ -307,6 +307,26 @@ def run(
     return one_line(package, lambda: cli_class(model_class, datamodule_class, package, args))
 
 
+def dispatch(
+    package: str,
+    main: Callable[[], object],
+    command_of: Callable[[str], Callable[[list[str]], object] | None],
+) -> None:
+    """What a task's console script does: the Trainer's subcommands, or a command that trains nothing itself.
+
+    Args:
+        package: Import name of the task.
+        main: Runs the Trainer's.
+        command_of: The command that a first word stands for, None for one of the Trainer's.
+    """
+    args = sys.argv[1:]
+    command = command_of(args[0]) if args else None
+    if command is None:
+        main()  # its value would become the exit status
+    else:
+        one_line(package, lambda: command(args[1:]))
+
+
 def one_line(package: str, action: Callable[[], Result]) -> Result:
     """Do something for the user; what goes wrong by the user's own input is one line and status 2."""
     program = package.replace("_", "-")
@@ -344,4 +364,4 @@ def _fail(program: str, message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-__all__ = ["LitCLI", "OneLineParser", "one_line", "print_summary", "run", "typed_options"]
+__all__ = ["LitCLI", "OneLineParser", "dispatch", "one_line", "print_summary", "run", "typed_options"]

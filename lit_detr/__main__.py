@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lit_callbacks import PredictionLogger
 
-from lit_cli.cli import LitCLI, one_line, run
+from lit_cli.cli import LitCLI, dispatch, run
 from lit_cli.errors import InputError
 from lit_detr.data import DetectionData
 from lit_detr.module import LitDETR
@@ -67,13 +66,15 @@ def main(args: Sequence[str] | None = None) -> DetectionCLI:
 
 def console() -> None:
     """Entry point of the console script: the Trainer's subcommands, and `export`."""
-    args = sys.argv[1:]
-    if args and args[0] == "export":
+    dispatch("lit_detr", main, _command)
+
+
+def _command(word: str) -> Callable[[list[str]], object] | None:
+    if word == "export":
         from lit_detr.export import export_main
 
-        one_line("lit_detr", lambda: export_main(args[1:]))
-    else:
-        main()  # its value would become the exit status
+        return export_main
+    return None
 
 
 if __name__ == "__main__":

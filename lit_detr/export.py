@@ -8,14 +8,16 @@ import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lit_cli.arguments import CommandParser
 from lit_cli.cli import find_checkpoint
 from lit_cli.errors import InputError
+from lit_common.onnx_files import strip_notes
 from lit_detr.models.attention import Core
 from lit_detr.models.detr import DETR
 from lit_detr.module import LitDETR, best
@@ -133,7 +135,7 @@ def export_onnx(
     )
     assert program is not None
     model: Any = program.model_proto
-    _strip(model)
+    strip_notes(model)
     onnx.helper.set_model_props(model, metadata(module, (height, width), stride, pixels))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,20 +186,6 @@ def _frames(batch: int, channels: int, size: tuple[int, int], pixels: PixelKind)
     return values if pixels == "uint8" else values.float() / 255
 
 
-def _strip(model: Any) -> None:
-    """Leave out what the exporter notes beside each node and value: source lines, with the paths of this machine."""
-    graph = model.graph
-    for group in (graph.node, graph.value_info, graph.input, graph.output, graph.initializer):
-        for item in group:
-            del item.metadata_props[:]
-            item.doc_string = ""
-    for item in (graph, *model.functions):
-        del item.metadata_props[:]
-    for function in model.functions:
-        for node in function.node:
-            del node.metadata_props[:]
-
-
 def _difference(detector: Detector, path: Path, example: Tensor) -> float:
     """Run a file beside the network: the greatest difference of the scores."""
     import onnxruntime  # type: ignore[import-not-found]
@@ -207,11 +195,6 @@ def _difference(detector: Detector, path: Path, example: Tensor) -> float:
     with torch.inference_mode():
         # Best first in both: so queries of equal score, which may change places, do not matter.
         return float(np.abs(found - detector(example)[1].numpy()).max())
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"export: {message}")
 
 
 def export_main(args: Sequence[str]) -> Path:
@@ -226,7 +209,7 @@ def export_main(args: Sequence[str]) -> Path:
     Raises:
         InputError: no such checkpoint, or what `export_onnx` refuses.
     """
-    parser = _Parser(prog="lit-detr export", description=__doc__)
+    parser = CommandParser(prog="lit-detr export", description=__doc__)
     parser.add_argument("--ckpt_path", required=True, help="best, last (of the newest run in --folder), or a file")
     parser.add_argument("--folder", type=Path, default=Path("logs/detr"), help="of the runs (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("model.onnx"), help="file to write (%(default)s)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before anything import
 
 from lit_callbacks import PredictionLogger
 
-from lit_cli.cli import LitCLI, one_line, run
+from lit_cli.cli import LitCLI, dispatch, run
 from lit_dsunet.data import VolumeData
 from lit_dsunet.module import LitDSUNet
 from lit_dsunet.predict import SegmentationWriter
@@ -37,15 +36,10 @@ def main(args: Sequence[str] | None = None) -> VolumeCLI:
 
 def console() -> None:
     """Entry point of the console script: the Trainer's subcommands, and those that train nothing themselves."""
-    args = sys.argv[1:]
-    command = _command(args[0]) if args else None
-    if command is None:
-        main()  # its value would become the exit status
-    else:
-        one_line("lit_dsunet", lambda: command(args[1:]))
+    dispatch("lit_dsunet", main, _command)
 
 
-def _command(word: str) -> Callable[[Sequence[str]], object] | None:
+def _command(word: str) -> Callable[[list[str]], object] | None:
     """What a first word stands for, unless it is one of the Trainer's."""
     if word == "plan":
         from lit_dsunet.plan import plan_main

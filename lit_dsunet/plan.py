@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
-from lit_cli.errors import InputError
+from lit_cli.arguments import CommandParser
 from lit_dsunet.headers import array_shape, read_geometry
 from lit_dsunet.planner import Plan, fingerprint, make_plan, write_plan
 from lit_dsunet.readers import Format, make_reader
 
 __all__ = ["plan_main"]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"plan: {message}")
 
 
 def plan_main(args: Sequence[str]) -> Plan:
@@ -33,7 +27,7 @@ def plan_main(args: Sequence[str]) -> Plan:
     Raises:
         InputError: the data set cannot be read, nothing fits, or the file exists.
     """
-    parser = _Parser(prog="lit-dsunet plan", description=__doc__)
+    parser = CommandParser(prog="lit-dsunet plan", description=__doc__)
     parser.add_argument("--root", required=True, help="data folder")
     parser.add_argument("--format", default="auto", choices=get_args(Format))
     parser.add_argument("--channels", nargs="+", help="images to read where the format has a choice")

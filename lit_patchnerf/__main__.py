@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from lightning.pytorch.cli import LightningArgumentParser
 from lit_callbacks import PredictionLogger
 
-from lit_cli.cli import LitCLI, one_line, run
+from lit_cli.cli import LitCLI, dispatch, run
 from lit_patchnerf.data import PatchVideoData
 from lit_patchnerf.module import LitPatchNeRF
 from lit_patchnerf.predict import FrameWriter
@@ -41,12 +40,7 @@ def main(args: Sequence[str] | None = None) -> VideoCLI:
 
 def console() -> None:
     """Entry point of the console script: the Trainer's subcommands, and those that train nothing."""
-    args = sys.argv[1:]
-    command = _command(args[0]) if args else None
-    if command is None:
-        main()  # its value would become the exit status
-    else:
-        one_line("lit_patchnerf", lambda: command(args[1:]))
+    dispatch("lit_patchnerf", main, _command)
 
 
 def _command(word: str) -> Callable[[list[str]], object] | None:

@@ -13,8 +13,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lit_cli.arguments import CommandParser
 from lit_cli.errors import InputError
-from lit_patchnerf.packing import NeuralVideo, Parser, checkpoint_path, compress_main, decode_main, neural_video
+from lit_common.onnx_files import strip_notes
+from lit_patchnerf.packing import NeuralVideo, checkpoint_path, compress_main, decode_main, neural_video
 
 __all__ = ["ExportFormat", "Graph", "compress_main", "decode_main", "export_decoder", "export_main", "metadata"]
 
@@ -151,7 +153,7 @@ def _write_onnx(graph: Graph, path: Path, about: dict[str, str], opset: int) -> 
     )
     assert program is not None
     model: Any = program.model_proto
-    _strip(model)
+    strip_notes(model)
     onnx.helper.set_model_props(model, about)
     onnx.save(model, str(path))
     try:
@@ -203,20 +205,6 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:150]
 
 
-def _strip(model: Any) -> None:
-    """Leave out what the exporter notes beside each node and value: source lines, with the paths of this machine."""
-    graph = model.graph
-    for group in (graph.node, graph.value_info, graph.input, graph.output, graph.initializer):
-        for item in group:
-            del item.metadata_props[:]
-            item.doc_string = ""
-    for item in (graph, *model.functions):
-        del item.metadata_props[:]
-    for function in model.functions:
-        for node in function.node:
-            del node.metadata_props[:]
-
-
 def export_main(args: Sequence[str]) -> Path:
     """`lit-patchnerf export`: the decoder of a checkpoint or an .lpn file as ONNX or TorchScript.
 
@@ -229,7 +217,7 @@ def export_main(args: Sequence[str]) -> Path:
     Raises:
         InputError: no such checkpoint, or what `export_decoder` refuses.
     """
-    parser = Parser(prog="lit-patchnerf export", description=__doc__)
+    parser = CommandParser(prog="lit-patchnerf export", description=__doc__)
     parser.add_argument("--ckpt_path", required=True, help="best, last (of the newest run in --folder), or a file")
     parser.add_argument("--folder", type=Path, default=Path("logs/patchnerf"), help="of the runs (%(default)s)")
     parser.add_argument("--format", default="onnx", choices=get_args(ExportFormat), help="(%(default)s)")

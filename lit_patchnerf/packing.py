@@ -5,19 +5,19 @@ Reading and decoding import nothing that trains.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_cli.arguments import CommandParser
 from lit_cli.errors import InputError
 from lit_common.images import save_rgb
 from lit_patchnerf.compress.container import Container, SizeReport, load_module, write_container
@@ -163,14 +163,6 @@ def _decoder_config(path: str | Path, config: dict[str, Any]) -> CoordinateConfi
         raise InputError(f"{path}: its header describes no decoder ({error})") from error
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors as `InputError`, with the name of the command."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise."""
-        raise InputError(f"{self.prog.rpartition(' ')[2]}: {message}")
-
-
 def compress_main(args: Sequence[str]) -> SizeReport:
     """`lit-patchnerf compress`: write the file, print what its parts cost and, with a video, what is lost.
 
@@ -183,7 +175,7 @@ def compress_main(args: Sequence[str]) -> SizeReport:
     Raises:
         InputError: no such checkpoint or video, or what `pack` refuses.
     """
-    parser = Parser(prog="lit-patchnerf compress", description="A checkpoint to one small file.")
+    parser = CommandParser(prog="lit-patchnerf compress", description="A checkpoint to one small file.")
     parser.add_argument("--ckpt_path", required=True, help="best, last (of the newest run in --folder), or a file")
     parser.add_argument("--folder", type=Path, default=Path("logs/patchnerf"), help="of the runs (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("video.lpn"), help="file to write (%(default)s)")
@@ -290,7 +282,7 @@ def decode_main(args: Sequence[str]) -> Path:
     Raises:
         InputError: a file that is damaged, or a range, a region or a device that is not there.
     """
-    parser = Parser(prog="lit-patchnerf decode", description="A file back to frames or a film.")
+    parser = CommandParser(prog="lit-patchnerf decode", description="A file back to frames or a film.")
     parser.add_argument("file", metavar="FILE.lpn")
     parser.add_argument("--out", type=Path, required=True, help="file that ends in .mp4, or a folder of PNG files")
     parser.add_argument("--range", type=float, nargs=2, metavar=("FIRST", "LAST"), help="frames, both included (all)")

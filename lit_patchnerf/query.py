@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import cv2
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_cli.arguments import CommandParser
 from lit_cli.cli import find_checkpoint
 from lit_cli.errors import InputError
 from lit_common.images import save_rgb
@@ -88,11 +89,6 @@ def embed_video(module: Video) -> Tensor:
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"query: {message}")
 
 
 def query_main(args: Sequence[str]) -> dict[str, Any]:
@@ -177,8 +173,8 @@ def query_main(args: Sequence[str]) -> dict[str, Any]:
     return report
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="lit-patchnerf query", description=__doc__)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="lit-patchnerf query", description=__doc__)
     add = parser.add_argument
     add("--ckpt_path", required=True, help="best, last (of the newest run in --folder), or a file")
     add("--folder", type=Path, default=Path("logs/patchnerf"), help="of the runs (%(default)s)")

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
+from lit_cli.arguments import CommandParser
 from lit_cli.errors import InputError
 from lit_dsunet.files import read_json
 from lit_dsunet.study.arms import Arms, LrRule, batch_arms, guide_arms, read_arms, steps_of_an_epoch
@@ -19,13 +20,6 @@ from lit_dsunet.study.runner import remaining
 __all__ = ["study_main", "sweep_main"]
 
 MakeArms = Callable[[argparse.Namespace, dict[str, Any], Study], Arms]
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
 
 
 def study_main(args: Sequence[str]) -> dict[str, Any] | None:
@@ -77,8 +71,8 @@ def sweep_main(args: Sequence[str]) -> dict[str, Any] | None:
     return _main(parser, args, arms)
 
 
-def _parser(word: str, text: str) -> _Parser:
-    parser = _Parser(
+def _parser(word: str, text: str) -> CommandParser:
+    parser = CommandParser(
         f"lit-dsunet {word}",
         description=f"{text} What follows beside these options goes to `fit`, such as --trainer.max_epochs 50.",
         allow_abbrev=False,
@@ -101,7 +95,7 @@ def _parser(word: str, text: str) -> _Parser:
     return parser
 
 
-def _main(parser: _Parser, args: Sequence[str], make_arms: MakeArms) -> dict[str, Any] | None:
+def _main(parser: CommandParser, args: Sequence[str], make_arms: MakeArms) -> dict[str, Any] | None:
     own, overrides = split_options(parser, args)
     options = parser.parse_args(own)
     if options.report_only:
