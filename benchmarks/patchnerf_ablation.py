@@ -39,7 +39,7 @@ COLUMNS = ("setting", "seed", *FIGURES[:2], "ms_ssim", "params", "steps", *TIMES
 
 
 def _optimizer(name: str, lr: float, **options: object) -> list[str]:
-    given = [f"--model.optimizer_options.{k}={v}" for k, v in options.items()]
+    given = [word for k, v in options.items() for word in (f"--model.optimizer_options.{k}", str(v))]
     return ["--model.optimizer", name, "--model.optimizer_options", "null", "--model.lr", str(lr), *given]
 
 
@@ -48,15 +48,22 @@ def _eager(steps: int) -> list[str]:
     return ["--model.cuda_graph", "false", "--data.steps_per_batch", str(steps)]
 
 
+def _latents(frames: str, channels: str) -> list[str]:
+    return ["--model.decoder.latent_frames", frames, "--model.decoder.latent_channels", channels]
+
+
 COORDINATE = '{"fc_dim": 32, "hidden": 64, "floor": 16, "multiple": 1, "clip_dim": null}'
 SETTINGS: dict[str, list[str]] = {
     BASE: [],
-    "adam 0.002": _optimizer("adam", 2e-3),
+    "adam 0.001": _optimizer("adam", 1e-3),
     "adamw 0.002": _optimizer("adamw", 2e-3),
-    "adamw 0.004": _optimizer("adamw", 4e-3),
+    "adamw 0.005": _optimizer("adamw", 5e-3),
     "adan 0.003": _optimizer("adan", 3e-3),
-    "muon 0.002": _optimizer("muon", 2e-3),
-    "muon 0.004": _optimizer("muon", 4e-3),
+    "muon 0.005": _optimizer("muon", 5e-3),
+    "muon 0.005, of matrices 0.01": _optimizer("muon", 5e-3, muon_lr=1e-2),
+    "muon 0.005, of matrices 0.04": _optimizer("muon", 5e-3, muon_lr=4e-2),
+    "muon 0.002, of matrices 0.02": _optimizer("muon", 2e-3, muon_lr=2e-2),
+    "muon, phases apart": ["--model.optimizer_options.phases", "true"],
     **{f"loss {name}": ["--model.loss", name] for name in ("l2", "l1", "fusion6", "fusion10_freq")},
     "coordinate mode": [
         "--model.mode",
@@ -70,9 +77,13 @@ SETTINGS: dict[str, list[str]] = {
     ],
     "patches": ["--data.sample", "patch", "--data.batch_size", "8"],
     **{f"activation {name}": ["--model.decoder.activation", name] for name in ("gelu", "sin")},
-    "blocks off": ["--model.decoder.blocks", "[0]"],
     "one block a stage": ["--model.decoder.blocks", "[1]"],
-    "no FiLM": ["--model.decoder.levels", "0"],
+    "FiLM": ["--model.decoder.levels", "16"],
+    "channels in eights": ["--model.decoder.multiple", "8"],
+    "kernels up to 3": ["--model.decoder.kernels", "[1,3]"],
+    "reduction 1.4": ["--model.decoder.reduction", "1.4"],
+    "latents of one resolution": _latents("[132]", "[32]"),
+    "latents of two resolutions": _latents("[132,33]", "[16,16]"),
     "bf16": ["--trainer.precision", "bf16-mixed"],
     "fp32": ["--trainer.precision", "32-true"],
     "compiled": ["--model.compile", "true"],
@@ -82,7 +93,7 @@ SETTINGS: dict[str, list[str]] = {
     "Trainer's own steps": _eager(1),
     **{f"batch {n}": ["--data.batch_size", str(n)] for n in (1, 2, 4)},
     "channels_last off": ["--model.channels_last", "false"],
-    "no EMA": ["--ema.enabled", "false"],
+    "EMA": ["--ema.enabled", "true"],
 }
 
 

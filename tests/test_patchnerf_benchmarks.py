@@ -21,6 +21,7 @@ from lit_patchnerf.models import GridConfig
 from lit_patchnerf.models.blocks import Activation
 from lit_patchnerf.module import LitPatchNeRF
 from lit_patchnerf.optim import Name as OptimizerName
+from lit_patchnerf.optim import make_optimizer
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "patchnerf"
@@ -182,11 +183,11 @@ def test_clip(script, tmp_path):
 
 
 def test_ablation(script, tmp_path, capsys):
-    settings = ["activation gelu", "coordinate mode"]
+    settings = ["activation sin", "coordinate mode"]
     words = [word for setting in settings for word in ("--only", setting)]
     rows, means = run(script, "patchnerf_ablation", tmp_path / "a.json", "--epochs", "1", *words)
     assert [row["setting"] for row in rows] == ["base", "coordinate mode"]
-    assert "activation gelu: left out, the profile has that" in capsys.readouterr().out
+    assert "activation sin: left out, the profile has that" in capsys.readouterr().out
     base, other = rows
     assert (other["mode"], other["sample"], other["batch_size"]) == ("coordinate", "patch", 8)
     gain = next(row for row in means if row["setting"] == "coordinate mode")["psnr_db_gain"]
@@ -197,6 +198,7 @@ def test_ablation(script, tmp_path, capsys):
 def test_every_setting_of_the_ablation_is_one_that_this_version_has(script):
     known = {
         "model.decoder": {field.name for field in fields(GridConfig)},
+        "model.optimizer_options": set(inspect.signature(make_optimizer).parameters),
         "trainer": {"precision"},
         "ema": {"enabled"},
     }

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import types
 from typing import ClassVar
 
@@ -93,12 +94,17 @@ def test_a_study_that_was_killed_and_interrupted_gives_the_same_table(plain, tmp
 
     def killed():
         LitDSUNet.training_step = at_step(STEPS + 6, die)  # in the second epoch of the second run
-        run_study(folder)
+        try:
+            run_study(folder)
+        except BaseException:  # what a forked process prints is lost
+            (tmp_path / "why.txt").write_text(traceback.format_exc())
+            raise
 
     child = multiprocessing.get_context("fork").Process(target=killed)
     child.start()
     child.join(120)
-    assert child.exitcode == -signal.SIGKILL
+    why = tmp_path / "why.txt"
+    assert child.exitcode == -signal.SIGKILL, why.read_text() if why.exists() else "no exception"
     first = folder / "runs/baseline-fold0-seed0/result.json"
     second = folder / "runs/mkdc_ds-fold0-seed0"
     assert first.exists()
