@@ -79,7 +79,7 @@ SETTINGS: dict[str, list[str]] = {
     **{f"activation {name}": ["--model.decoder.activation", name] for name in ("gelu", "sin")},
     "one block a stage": ["--model.decoder.blocks", "[1]"],
     "FiLM": ["--model.decoder.levels", "16"],
-    "channels in eights": ["--model.decoder.multiple", "8"],
+    "channels as they come": ["--model.decoder.multiple", "1", "--model.decoder.reduction", "1.2"],
     "kernels up to 3": ["--model.decoder.kernels", "[1,3]"],
     "reduction 1.4": ["--model.decoder.reduction", "1.4"],
     "latents of one resolution": _latents("[132]", "[32]"),
