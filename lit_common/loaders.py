@@ -12,6 +12,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lit_cli.errors import InputError
+
 __all__ = [
     "EpochBatches",
     "IndexLoader",
@@ -101,8 +103,15 @@ def epoch_batches(trainer: Trainer | None, length: int, batch_size: int, **optio
         length: Number of samples.
         batch_size: Samples per batch and process.
         options: Of `EpochBatches`.
+
+    Raises:
+        InputError: A process would have nothing to evaluate, for which the others would wait.
     """
     rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+    if not options.get("shuffle") and 0 < length < world:
+        raise InputError(
+            f"trainer.devices: {world} processes for {length} samples to evaluate, expected no more than one for each"
+        )
     return EpochBatches(length, batch_size, rank=rank, world=world, **options)
 
 

@@ -380,6 +380,11 @@ def test_processes_share_an_epoch_and_make_the_same_steps():
     refused(lambda: in_process(data(None, batch_size=10), 0, 4), "data.batch_size is 10", "at most 9", "4 processes")
 
 
+def test_more_processes_than_frames_to_evaluate_are_refused():
+    module = in_process(data(None, data_split="9_9_10", eval_frames="held_out"), 1, 2)
+    refused(module.val_dataloader, "trainer.devices: 2 processes for 1 samples to evaluate", "one for each")
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize(("length", "size", "world"), [(37, 3, 1), (37, 3, 4), (9, 9, 1), (23, 5, 2)])
 def test_batches_of_steps(length, size, world, steps):
