@@ -1,13 +1,16 @@
 """Two processes on the CPU, through the command line."""
 
+import contextlib
 import os
-import subprocess
-import sys
+import socket
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from lit_landmarks.__main__ import main
+from tests.helpers.distributed import another_process
 
 DATA = [
     "--data.format",
@@ -32,27 +35,48 @@ NET = [
 ]
 
 
+FIT = [*DATA, *REST, *NET, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
+
+
+def fit(rank, folder, port):
+    """One process of two, which know of each other by what a scheduler sets; what it prints goes into a file."""
+    known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    with (
+        mock.patch.dict(os.environ, {**known, "LOCAL_RANK": str(rank)}),
+        contextlib.chdir(folder),
+        Path(f"{rank}.txt").open("w") as file,
+        contextlib.redirect_stdout(file),
+    ):
+        torch.set_num_threads(1)
+        main(["fit", "--config", "run.yaml", *FIT])
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A fit of two processes: the finished process and its folder. 5 validation images make unequal shares."""
+    """A fit of two processes: what they printed and their folder. 5 validation images make unequal shares."""
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "run.yaml").write_text(
         "trainer:\n  callbacks:\n    - class_path: ModelCheckpoint\n"
         "      init_args: {monitor: val/mre_px, mode: min, save_last: true}\n"
     )
-    command = [sys.executable, "-m", "lit_landmarks", "fit", "--config", "run.yaml", *DATA, *REST, *NET]
-    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done, folder
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    second = another_process(fit, 1, folder, port)
+    second.start()
+    try:
+        fit(0, folder, port)
+        second.join(60)
+    finally:
+        second.kill()
+    assert second.exitcode == 0
+    return "".join((folder / f"{rank}.txt").read_text() for rank in range(2)), folder
 
 
 def test_one_process_prints_and_draws(run):
-    done, folder = run
-    assert done.stdout.count("lit_landmarks fit, after 1 epochs") == 1
+    printed, folder = run
+    assert printed.count("lit_landmarks fit, after 1 epochs") == 1
     assert len(list(folder.rglob("val_worst_1.png"))) == 1
 
 

@@ -4,7 +4,6 @@ import csv
 import errno
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 from lightning.pytorch import Callback
 from lit_callbacks.safe_io import is_complete
 
-from lit_landmarks.__main__ import main
+from lit_landmarks.__main__ import console, main
+from tests.helpers.distributed import another_process
 
 ROOT = Path(__file__).parents[2]
 HERE = "tests.cli.test_nothing_is_lost"
@@ -23,6 +23,7 @@ TINY = [
     *("--data.synthetic_train", "12", "--data.holdout", "0.34", "--data.image_size", "64", "--data.batch_size", "2"),
     *("--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"),
     *("--trainer.enable_model_summary", "false", "--plots.worst", "0", "--ema.decay", "0.9"),
+    *("--model.backbone", "test_resnet"),  # timm's smallest: its checkpoints are written by the dozen here
 ]
 
 
@@ -163,20 +164,28 @@ def test_a_signal(tmp_path, capsys, whole, name, validation, at):
     resume(tmp_path, whole)
 
 
+def fit_on_its_own(folder):
+    """As from a shell, for long."""
+    with (folder / "stderr.txt").open("w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115 - for the rest of the process
+    os.environ.pop("LIT_TRACEBACK", None)
+    torch.set_num_threads(1)
+    sys.argv = ["lit-landmarks", *command(folder, "--trainer.max_epochs", "1000")]
+    console()
+
+
 def test_kill_from_outside(tmp_path, whole):
     """A process of its own, killed as a scheduler would do it."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lit_landmarks", *command(tmp_path, "--trainer.max_epochs", "1000")],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-    )
+    process = another_process(fit_on_its_own, tmp_path)
+    process.start()
     until = time.monotonic() + 60
-    while not list(tmp_path.rglob("last.ckpt")) and time.monotonic() < until and process.poll() is None:
+    while not list(tmp_path.rglob("last.ckpt")) and time.monotonic() < until and process.exitcode is None:
         time.sleep(0.05)
     process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
+    process.join(60)
+    err = (tmp_path / "stderr.txt").read_text()
+    assert process.exitcode == 143, err
     assert "Traceback" not in err
     assert err.count("resume with --ckpt_path") == 1
     assert last(tmp_path).name == "interrupted.ckpt"

@@ -22,13 +22,13 @@ def problem(queries, depth=5, heads=2, layers=3, dtype=torch.float32):
     g = torch.Generator().manual_seed(queries)
     cells = sum(h * w for h, w in SHAPES)
     table = torch.randn(2, cells, layers, heads, depth, generator=g).to(dtype).to(DEVICE).requires_grad_()
-    locations = torch.rand(2, queries, heads, len(SHAPES), 3, 2, generator=g) * 1.8 - 0.4
+    locations = torch.rand(2, queries, heads, len(SHAPES), 2, 2, generator=g) * 1.8 - 0.4
     locations[0, 0, 0, 0, :2] = torch.tensor([1e9, -1e9])
-    weights = torch.rand(2, queries, heads, len(SHAPES), 3, generator=g)
+    weights = torch.rand(2, queries, heads, len(SHAPES), 2, generator=g)
     return table, locations.to(DEVICE).requires_grad_(), weights.to(DEVICE).requires_grad_()
 
 
-@pytest.mark.parametrize(("queries", "depth"), [(6, 4), (2, 5)])
+@pytest.mark.parametrize(("queries", "depth"), [(6, 5)] if DEVICE == "cpu" else [(6, 5), (70, 4)])
 def test_values_and_gradients_are_those_of_grid_sample(queries, depth, monkeypatch):
     from lit_detr.models import attention_kernels
 
@@ -47,7 +47,7 @@ def test_values_and_gradients_are_those_of_grid_sample(queries, depth, monkeypat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16])
 def test_half_precision_loses_only_what_rounding_does(dtype):
-    inputs = table, locations, weights = problem(2, 4, dtype=dtype)
+    inputs = table, locations, weights = problem(2, 4, heads=1 if DEVICE == "cpu" else 2, dtype=dtype)
     value = table.unbind(2)[0].transpose(1, 2)
     found = sample_auto(value, locations, weights, SHAPES)
     assert found.dtype == dtype

@@ -1,4 +1,4 @@
-"""Two real processes for what must be exact under distributed training."""
+"""Real processes beside this one, for what must be exact under distributed training and what only a signal shows."""
 
 from datetime import timedelta
 
@@ -7,10 +7,22 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 
+def another_process(function, *args):
+    """A process, not started yet, that runs a module's function: neither a copy of this one nor with its threads.
+
+    Where the system allows it, such processes share one that has the imports behind it: these take seconds each.
+    """
+    shared = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if shared else "spawn")
+    if shared:
+        context.set_forkserver_preload(["lightning.pytorch", "torchmetrics", "lit_cli.cli"])
+    return context.Process(target=function, args=args)
+
+
 def in_two_processes(function, folder):
     """What `function(rank)`, of a module's top level, returns in each of two processes that can talk to each other."""
     # This process is the first of the two: most of the time goes into imports.
-    child = multiprocessing.get_context("spawn").Process(target=_process, args=(1, function, str(folder)))
+    child = another_process(_process, 1, function, str(folder))
     child.start()
     _process(0, function, str(folder))
     child.join()
