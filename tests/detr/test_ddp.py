@@ -24,7 +24,7 @@ COUNTS = [[3, 1], [0, 0]]  # boxes per image of each process
 def network(noise_queries):
     torch.manual_seed(0)
     net = build_network(
-        num_classes=2, backbone="resnet10t", hidden=32, heads=4, feedforward=32, strides=(8, 16), decoder_layers=2,
+        num_classes=2, backbone="test_resnet", hidden=32, heads=4, feedforward=32, strides=(8, 16), decoder_layers=2,
         queries=20, noise_queries=noise_queries,
     ).train()  # fmt: skip
     for module in net.modules():  # statistics of half a batch are others

@@ -209,9 +209,7 @@ def test_maps_are_channels_last():
 
 def test_compiles_without_graph_breaks():
     decoder = tiny()
-    explained = torch._dynamo.explain(decoder)(COORDINATES)
-    assert explained.graph_break_count == 0
-    compiled = torch.compile(decoder, backend="eager", fullgraph=True)
+    compiled = torch.compile(decoder, backend="eager", fullgraph=True)  # a break would be an error
     torch.testing.assert_close(compiled(COORDINATES).rgb, decoder(COORDINATES).rgb)
 
 

@@ -203,8 +203,7 @@ def test_compiles_without_graph_breaks():
     decoder = tiny(blocks=(0, 1), clip_dim=4)
     rows, columns = torch.tensor([1, 0, 1]), torch.tensor([3, 2, 0])
     assert torch._dynamo.explain(decoder)(T).graph_break_count == 0
-    assert torch._dynamo.explain(decoder.forward_patch)(T, rows, columns).graph_break_count == 0
-    compiled = torch.compile(decoder.forward_patch, backend="eager", fullgraph=True)
+    compiled = torch.compile(decoder.forward_patch, backend="eager", fullgraph=True)  # a break would be an error
     torch.testing.assert_close(compiled(T, rows, columns).rgb, decoder.forward_patch(T, rows, columns).rgb)
 
 
