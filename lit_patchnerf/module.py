@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,17 +14,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.func import functional_call
 from torchmetrics import MeanMetric
 
 from lit_cli.errors import InputError
 from lit_common.schedule import warmup_cosine
 from lit_common.weights import take_weights
-from lit_patchnerf.compress.quantise import FakeQuantise, Layout, choose_layout
+from lit_patchnerf.compress.quantise import Layout, fake_quantisers
 from lit_patchnerf.data import PatchVideoData, StepBatches
-from lit_patchnerf.decoding import decode_canvases, decode_cells, decode_region, embed_moments, frame_times, to_bytes
+from lit_patchnerf.decoding import decode_canvases, decode_region, embed_moments, frame_times, to_bytes
 from lit_patchnerf.losses import ClipLoss, make_loss
-from lit_patchnerf.metrics import SPLITS, FrameMetrics, SeamRatio, psnr
+from lit_patchnerf.metrics import SPLITS, FrameMetrics, SeamRatio, held_out_beside_baselines, psnr
 from lit_patchnerf.models import (
     CoordinateDecoder,
     Decoded,
@@ -38,12 +36,13 @@ from lit_patchnerf.models import (
 )
 from lit_patchnerf.optim import Name as OptimizerName
 from lit_patchnerf.optim import make_optimizer, shuffle_phases
-from lit_patchnerf.patches import Geometry, patch_coordinates, unit_range
+from lit_patchnerf.patches import Geometry, unit_range
 from lit_patchnerf.pictures import comparison
 from lit_patchnerf.samples import FrameBatch, MomentBatch, TrainBatch
 from lit_patchnerf.similarity import centred_cosine, cosine, mean_embedding
-from lit_patchnerf.splits import blend_frames, blend_neighbours, nearest_neighbours
+from lit_patchnerf.splits import blend_frames, blend_neighbours, latent_frames, nearest_neighbours
 from lit_patchnerf.steps import OptimizerSteps
+from lit_patchnerf.trained import Trained
 
 __all__ = ["LitPatchNeRF", "LrRule", "load"]
 
@@ -163,10 +162,10 @@ class LitPatchNeRF(LightningModule):
         self.net: CoordinateDecoder | GridDecoder | None = None
         self.metrics = nn.ModuleDict()  # filled with the stages that run; holds no weights
         self._steps: OptimizerSteps | None = None
-        self._wrapped: tuple[_Trained, ...] = ()  # as an attribute of its own it would be in checkpoints, too
-        self._layouts: dict[str, Layout] = {}
+        self._wrapped: tuple[Trained, ...] = ()  # as an attribute of its own it would be in checkpoints, too
+        self.rounding_layouts: dict[str, Layout] = {}
         self._length: int | None = None  # of the fit in optimizer steps
-        self._baselines: dict[str, float] = {}
+        self._baselines: dict[str, dict[str, Tensor]] = {}
         self._mean_embedding: Tensor | None = None
 
     # ---- building ------------------------------------------------------------------------------------------------
@@ -298,7 +297,7 @@ class LitPatchNeRF(LightningModule):
         self._check_place(checkpoint)
         _unite_counters(checkpoint)
         kept = checkpoint.get(ROUNDING, {})
-        self._layouts = {name: Layout(tuple(shape), half) for name, (shape, half) in kept.items()}
+        self.rounding_layouts = {name: Layout(tuple(shape), half) for name, (shape, half) in kept.items()}
 
     def _check_place(self, checkpoint: Mapping[str, Any]) -> None:
         """A place inside an epoch is counted in batches, which another number of steps makes others."""
@@ -316,31 +315,29 @@ class LitPatchNeRF(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the layouts that rounding began with: those of the present weights may be others."""
-        if self._layouts:
-            checkpoint[ROUNDING] = {name: [list(own.shape), own.half] for name, own in self._layouts.items()}
+        if self.rounding_layouts:
+            checkpoint[ROUNDING] = {name: [list(own.shape), own.half] for name, own in self.rounding_layouts.items()}
 
     # ---- training ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
         """Make what training calls in the network's place; compile it where that was asked for and a GPU is there."""
         assert self.net is not None
-        trained = _Trained(self.net, self.hparams["frames"], self.geometry, self._whole_frames)
+        trained = Trained(self.net, self.hparams["frames"], self.geometry.grid, self._whole_frames)
         self._wrapped = (trained,)
-        if self.hparams["compile"]:
-            if self.device.type == "cuda":
-                trained.compile(dynamic=False)
-            else:
-                rank_zero_info(f"model.compile: ignored, the device is {self.device.type}")
+        for option in ("compile", "cuda_graph"):
+            if self.hparams[option] and self.device.type != "cuda":
+                rank_zero_info(f"model.{option}: ignored, the device is {self.device.type}")
+        if self.hparams["compile"] and self.device.type == "cuda":
+            trained.compile(dynamic=False)
 
     @property
-    def _trained(self) -> _Trained:
+    def _trained(self) -> Trained:
         return self._wrapped[0]
 
     @property
     def _captures(self) -> bool:
-        if self.hparams["cuda_graph"] and self.device.type != "cuda":
-            return False
-        return bool(self.hparams["cuda_graph"])
+        return bool(self.hparams["cuda_graph"]) and self.device.type == "cuda"
 
     def on_fit_end(self) -> None:
         """Give back the graph's memory."""
@@ -359,8 +356,8 @@ class LitPatchNeRF(LightningModule):
                 self._terms, optimizer, parameters, clip=self.hparams["gradient_clip"], capture=self._captures
             )
         first, count = self.trainer.global_step, len(batch.indices)
-        if self._rounds(first) and not self._rounds(first - count):
-            self._steps.forget()
+        if self._rounds(first) and not self._trained.rounding:
+            self._steps.forget()  # from here on the network is another one
         factors = [self._factor(step) for step in range(first, first + count)]
         terms = self._steps(*self._inputs(batch, first), factors=factors)
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
@@ -402,15 +399,13 @@ class LitPatchNeRF(LightningModule):
         assert self.net is not None
         if not self._rounds(self.trainer.global_step):
             return None
-        if not self._trained.rounding:
-            bits, noise = self.hparams["qat_bits"], self.hparams["qat_noise"]
-            for name, parameter in self.net.named_parameters():
-                if parameter.ndim > 1:
-                    if name not in self._layouts:
-                        self._layouts[name] = choose_layout(parameter.detach().float(), bits)
-                    self._trained.rounding[name] = FakeQuantise(bits, self._layouts[name], noise)
+        rounding = self._trained.rounding
+        if not rounding:
+            h, named = self.hparams, self.net.named_parameters()
+            rounding.update(fake_quantisers(named, h["qat_bits"], h["qat_noise"], self.rounding_layouts))
+            self.rounding_layouts = {name: fake.layout for name, fake in rounding.items()}
         own = dict(self.net.named_parameters())
-        return {name: rounding(own[name]) for name, rounding in self._trained.rounding.items()}
+        return {name: fake(own[name]) for name, fake in rounding.items()}
 
     def _rounds(self, step: int) -> bool:
         """Whether an optimizer step trains against rounding."""
@@ -496,9 +491,13 @@ class LitPatchNeRF(LightningModule):
         """
         return decode_canvases(self._network(), times, self.geometry)
 
-    def decode_region(self, times: Tensor, rows: slice, cols: slice) -> Tensor:
-        """Patches of a part of the grid alone, put together: (F, 3, h, w)."""
-        return decode_cells(self._network(), times, self.geometry, rows, cols)
+    def decode_region(self, times: Tensor, region: Sequence[int]) -> Tensor:
+        """A rectangle of the original frame (top, left, height, width), from the patches that it touches.
+
+        Returns:
+            Colours (F, 3, height, width) from 0 to 1.
+        """
+        return decode_region(self._network(), times, self.geometry, region)
 
     def embed(self, times: Tensor) -> Tensor:
         """Embeddings (F, rows, cols, D) alone, at a fraction of the cost of the colours.
@@ -580,12 +579,14 @@ class LitPatchNeRF(LightningModule):
             metric.reset()
         values = {key: value for key, value in values.items() if not torch.isnan(value)}
         if "held_out_psnr_db" in values:
-            values |= self._beside_baselines(float(values["held_out_psnr_db"]))
+            figures = {"val_psnr_db": values["held_out_psnr_db"]}
+            rows = held_out_beside_baselines(figures, self._neighbours_alone())
+            values |= {_renamed(key): torch.tensor(value) for key, value in rows.items()}
         # Exact over all devices already; sync_dist only keeps Lightning from remarking on it.
-        self.log_dict({f"{stage}/{k}": torch.as_tensor(v).float() for k, v in values.items()}, sync_dist=True)
+        self.log_dict({f"{stage}/{key}": value.float() for key, value in values.items()}, sync_dist=True)
 
-    def _beside_baselines(self, own: float) -> dict[str, float]:
-        """What the held-out frames' neighbours alone would give, and how far the network is above that."""
+    def _neighbours_alone(self) -> dict[str, dict[str, Tensor]]:
+        """The held-out figures of what the frames around each would give without a network."""
         data = self._data
         assert data is not None
         if not self._baselines:
@@ -597,9 +598,8 @@ class LitPatchNeRF(LightningModule):
                     guess = blend_frames(data.frames, neighbours(part, train))
                     target = unit_range(data.frames[part].permute(0, 3, 1, 2))
                     found.append(psnr(data.geometry.cut(guess), data.geometry.cut(target)))
-                self._baselines[name] = float(torch.cat(found).mean())
-        rows = {f"held_out_psnr_db_{name}": value for name, value in self._baselines.items()}
-        return rows | {f"held_out_psnr_db_over_{name}": own - value for name, value in self._baselines.items()}
+                self._baselines[name] = {"val_psnr_db": torch.cat(found).mean()}
+        return self._baselines
 
     # ---- pictures ------------------------------------------------------------------------------------------------
 
@@ -626,70 +626,8 @@ class LitPatchNeRF(LightningModule):
         if region is None:
             found = geometry.restore(to_bytes(self.decode(batch.times).rgb))
         else:
-            found = to_bytes(decode_region(self._network(), batch.times, geometry, region))
+            found = to_bytes(self.decode_region(batch.times, region))
         return {"pixels": found.permute(0, 2, 3, 1), "numbers": batch.numbers}
-
-
-def latent_frames(count: int, train: Sequence[int]) -> list[int]:
-    """Points in time of the two resolutions of a grid decoder's latents.
-
-    As many as frames and a quarter of them; fewer where frames are held out, so that every point lies near enough to a
-    trained frame to be trained.
-
-    Args:
-        count: Frames of the video.
-        train: Those that are trained on, ascending.
-
-    Example:
-        >>> latent_frames(132, range(132)), latent_frames(20, [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15])
-        ([132, 33], [4, 3])
-    """
-    known = [-1, *train, count]
-    gap = max(b - a for a, b in pairwise(known))  # 1 where all are trained on
-    fine = max(2, count // gap)
-    return [fine, min(fine, max(2, count // max(4, gap + 1)))]
-
-
-class _Trained(nn.Module):
-    """The network as training calls it: from indices of samples, with some parameters in another's place."""
-
-    def __init__(self, net: CoordinateDecoder | GridDecoder, frames: int, geometry: Geometry, whole: bool) -> None:
-        super().__init__()
-        self.net = net
-        self.frames, self.grid, self.whole = frames, geometry.grid, whole
-        self.rounding: dict[str, FakeQuantise] = {}
-
-    def forward(self, index: Tensor, parameters: dict[str, Tensor] | None = None) -> Decoded:
-        """(B,) patches or frames to their colours and embeddings."""
-        if parameters is None:
-            return _sample(self.net, index, self.frames, self.grid, self.whole)
-        wrapped = _Sampled(self.net, self.frames, self.grid, self.whole)
-        named = {f"net.{name}": value for name, value in parameters.items()}
-        return functional_call(wrapped, named, (index,))
-
-
-class _Sampled(nn.Module):
-    """What `functional_call` can call."""
-
-    def __init__(self, net: CoordinateDecoder | GridDecoder, frames: int, grid: tuple[int, int], whole: bool) -> None:
-        super().__init__()
-        self.net, self.frames, self.grid, self.whole = net, frames, grid, whole
-
-    def forward(self, index: Tensor) -> Decoded:
-        return _sample(self.net, index, self.frames, self.grid, self.whole)
-
-
-def _sample(
-    net: CoordinateDecoder | GridDecoder, index: Tensor, frames: int, grid: tuple[int, int], whole: bool
-) -> Decoded:
-    if isinstance(net, CoordinateDecoder):
-        return net(patch_coordinates(index, frames, grid))  # type: ignore[no-any-return]
-    last = max(1, frames - 1)
-    if whole:
-        return net(index.float() / last)  # type: ignore[no-any-return]
-    cell = index % (grid[0] * grid[1])
-    time = (index - cell) // (grid[0] * grid[1])
-    return net.forward_patch(time.float() / last, cell // grid[1], cell % grid[1])
 
 
 def _unite_counters(checkpoint: dict[str, Any]) -> None:

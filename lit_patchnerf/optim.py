@@ -187,7 +187,7 @@ def shuffle_phases(module: nn.Module) -> dict[str, int]:
     return {f"{name}.conv.weight": stage.stride[0] * stage.stride[1] for name, stage in stages}
 
 
-def _positive(**values: float | None) -> None:
+def _positive(values: Mapping[str, float | None]) -> None:
     for name, value in values.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise InputError(f"model.{name}: expected a number above 0, got {value}")
@@ -245,16 +245,20 @@ def make_optimizer(
     """
     if name not in BETAS:
         raise InputError(f"model.optimizer: expected one of {', '.join(BETAS)}, got {name}")
-    _positive(lr=lr, muon_lr=muon_lr, ns_steps=ns_steps)
-    if weight_decay < 0 or not 0 <= momentum < 1:
-        raise InputError(
-            f"model.weight_decay, model.momentum: expected at least 0, and below 1, got {weight_decay} and {momentum}"
-        )
+    _positive({"lr": lr, "optimizer_options.muon_lr": muon_lr, "optimizer_options.ns_steps": ns_steps})
+    if not weight_decay >= 0:
+        raise InputError(f"model.weight_decay: expected a number from 0, got {weight_decay}")
+    if not 0 <= momentum < 1:
+        raise InputError(f"model.optimizer_options.momentum: expected a number from 0 and below 1, got {momentum}")
     chosen = tuple(BETAS[name] if betas is None else betas)
     if len(chosen) != len(BETAS[name]) or not all(0 < b < 1 for b in chosen):
-        raise InputError(f"model.betas: expected {len(BETAS[name])} numbers between 0 and 1, got {list(chosen)}")
+        raise InputError(
+            f"model.optimizer_options.betas: expected {len(BETAS[name])} numbers between 0 and 1, got {list(chosen)}"
+        )
     if muon_scale not in MUON_RATES:
-        raise InputError(f"model.muon_scale: expected one of {', '.join(MUON_RATES)}, got {muon_scale}")
+        raise InputError(
+            f"model.optimizer_options.muon_scale: expected one of {', '.join(MUON_RATES)}, got {muon_scale}"
+        )
     named = [(key, p) for key, p in named_parameters if p.requires_grad]
     if not named:
         raise InputError("model: expected parameters to train, got none")
@@ -271,7 +275,9 @@ def make_optimizer(
         splits = [(phases or {}).get(key, 1) for key, _ in inside]
         for (key, p), split in zip(inside, splits, strict=True):
             if split < 1 or len(p) % split:
-                raise InputError(f"model.phases: expected to divide the {len(p)} channels of {key}, got {split}")
+                raise InputError(
+                    f"model.optimizer_options.phases: expected to divide the {len(p)} channels of {key}, got {split}"
+                )
         groups.append({"params": [p for _, p in inside], "name": "muon", "muon": True, "lr": rate, "phases": splits})
     kind = "adamw" if name == "muon" else name
     decays = [bool(weight_decay) and p.ndim > 1 and "latents" not in key.split(".") for key, p in rest]

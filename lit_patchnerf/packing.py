@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from lit_cli.arguments import CommandParser
 from lit_cli.errors import InputError
 from lit_common.images import save_rgb
 from lit_patchnerf.compress.container import Container, SizeReport, load_module, write_container
-from lit_patchnerf.compress.quantise import quantise_state
+from lit_patchnerf.compress.quantise import Layout, quantise_state
 from lit_patchnerf.decoding import (
     Decoder,
     check_geometry,
@@ -53,6 +53,7 @@ class NeuralVideo:
         frames: Frames of the video.
         fps: Frames per second.
         bits: What weights were trained to be rounded to, else 8.
+        layouts: Those that they were rounded in.
     """
 
     net: Decoder
@@ -60,6 +61,7 @@ class NeuralVideo:
     frames: int
     fps: float
     bits: int = BITS
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
     @property
     def mode(self) -> str:
@@ -85,7 +87,12 @@ def neural_video(path: str | Path) -> NeuralVideo:
     if net is None:
         raise InputError(f"--ckpt_path {path}: holds no network")
     return NeuralVideo(
-        cast(Decoder, net).eval(), module.geometry, int(h["frames"]), float(h["fps"]), h.get("qat_bits") or BITS
+        cast(Decoder, net).eval(),
+        module.geometry,
+        int(h["frames"]),
+        float(h["fps"]),
+        h.get("qat_bits") or BITS,
+        module.rounding_layouts,
     )
 
 
@@ -133,7 +140,9 @@ def pack(
     chosen = {"latents*": latent_bits or video.bits, "*": bits or video.bits}
     config = replace(net.config, clip_dim=None) if without_clip else net.config
     header = {"mode": video.mode, "decoder": plain_config(config), "frames": video.frames, "fps": video.fps}
-    return write_container(path, quantise_state(state, chosen), header, video.geometry.to_dict(), PARTS)
+    # Other bits than the training's may be better off in other layouts.
+    layouts = video.layouts if set(chosen.values()) == {video.bits} else None
+    return write_container(path, quantise_state(state, chosen, layouts), header, video.geometry.to_dict(), PARTS)
 
 
 def unpack(path: str | Path) -> tuple[NeuralVideo, Container]:

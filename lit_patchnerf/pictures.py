@@ -1,10 +1,9 @@
-"""Original, reconstruction and amplified error side by side, as pictures and as a video."""
+"""Original, reconstruction and amplified error side by side."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -12,9 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_patchnerf.video import write_video
-
-__all__ = ["comparison", "draw_grid", "side_by_side_video"]
+__all__ = ["comparison", "draw_grid"]
 
 Picture = NDArray[np.uint8]
 Image = Tensor | NDArray[np.uint8]
@@ -98,54 +95,6 @@ def draw_grid(picture: Picture, grid: Sequence[int]) -> Picture:
     for c in range(1, cols):
         out[:, round(c * width / cols)] = picture[:, round(c * width / cols)] // 2 + 128
     return out
-
-
-def side_by_side_video(
-    path: str | Path,
-    pairs: Iterable[tuple[Image, Image]],
-    fps: float,
-    *,
-    first: int = 0,
-    error: bool = False,
-    gain: float = GAIN,
-    grid: Sequence[int] | None = None,
-    least_width: int = 320,
-    most_width: int = 960,
-) -> Path:
-    """An mp4 of `comparison` of every frame.
-
-    Args:
-        path: The file.
-        pairs: Original and reconstruction of one frame after the other, consumed as they come.
-        fps: Frames per second.
-        first: Number of the first frame, for the captions.
-        error: Whether the error is drawn too.
-        gain: Its factor.
-        grid: Draw the borders of so many rows and columns of patches.
-        least_width: See `comparison`.
-        most_width: See `comparison`.
-
-    Returns:
-        The path.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-
-    def drawn() -> Iterator[Picture]:
-        for number, (target, prediction) in enumerate(pairs, first):
-            yield comparison(
-                target,
-                prediction,
-                f"original  {number}",
-                error=error,
-                gain=gain,
-                grid=grid,
-                least_width=least_width,
-                most_width=most_width,
-            )
-
-    return write_video(path, drawn(), fps)
 
 
 def _levels(image: Image) -> NDArray[np.float32]:

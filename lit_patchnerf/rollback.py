@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lit_callbacks import EMA
 from torch import Tensor
 
 from lit_cli.errors import InputError
@@ -37,11 +38,7 @@ def _write(tensors: list[Tensor], values: list[Tensor]) -> None:
 
 
 class _Average:
-    """The running average that another callback keeps: lit_callbacks' EMA or Lightning's WeightAveraging.
-
-    Neither has a public way to set its average back. Its tensors are found by the attributes below and copied into, as
-    the weights are.
-    """
+    """The running average that another callback keeps: lit_callbacks' EMA or Lightning's WeightAveraging."""
 
     def __init__(self, callback: Callback) -> None:
         self.callback = callback
@@ -53,22 +50,20 @@ class _Average:
         return [found for found in map(cls, callbacks) if found.tensors()]
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name."""
-        average = getattr(getattr(self.callback, "_average", None), "average", None)
-        if isinstance(average, dict):
-            return {name: value for name, value in average.items() if isinstance(value, Tensor)}
-        model = getattr(self.callback, "_average_model", None)
+        """By name, to be copied into."""
+        if isinstance(self.callback, EMA):
+            return self.callback.averages()
+        model = getattr(self.callback, "_average_model", None)  # Lightning's, which has no public way
         return dict(model.state_dict()) if isinstance(model, torch.nn.Module) else {}
 
     def has_begun(self) -> bool:
         """An average that begins later holds the first weights until then."""
-        return bool(getattr(self.callback, "n_averaged", True))
+        return not isinstance(self.callback, EMA) or self.callback.n_averaged > 0
 
     def restart(self) -> None:
         """Begin at the present weights, where the callback can."""
-        restart = getattr(getattr(self.callback, "_average", None), "restart", None)
-        if callable(restart):
-            restart()
+        if isinstance(self.callback, EMA):
+            self.callback.restart()
 
 
 class _Snapshot:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "Neighbours",
     "blend_frames",
     "blend_neighbours",
+    "latent_frames",
     "nearest_neighbours",
     "parse_split",
     "split_frames",
@@ -182,3 +184,23 @@ def blend_frames(frames: Tensor, neighbours: Neighbours) -> Tensor:
     for k in range(indices.shape[1]):
         total += frames[indices[:, k]].float() * weights[:, k, None, None, None]
     return (total / 255).permute(0, 3, 1, 2)
+
+
+def latent_frames(count: int, train: Sequence[int]) -> list[int]:
+    """Points in time of the two resolutions of a grid decoder's latents.
+
+    As many as frames and a quarter of them; fewer where frames are held out, so that every point lies near enough to a
+    trained frame to be trained.
+
+    Args:
+        count: Frames of the video.
+        train: Those that are trained on, ascending.
+
+    Example:
+        >>> latent_frames(132, range(132)), latent_frames(20, [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15])
+        ([132, 33], [4, 3])
+    """
+    known = [-1, *train, count]
+    gap = max(b - a for a, b in pairwise(known))  # 1 where all are trained on
+    fine = max(2, count // gap)
+    return [fine, min(fine, max(2, count // max(4, gap + 1)))]

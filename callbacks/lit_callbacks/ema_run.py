@@ -83,6 +83,15 @@ class RunningAverage(Callback):
         """Updates made so far."""
         return self._steps.updates
 
+    def averages(self) -> dict[str, Tensor]:
+        """The averages by the names of the module's tensors, to be read or copied into; none before a fit has begun."""
+        return {} if self._average is None else self._average.average
+
+    def restart(self) -> None:
+        """Let the average begin at the module's present weights; its updates are counted on."""
+        if self._average is not None:
+            self._average.restart()
+
     # ---------------------------------------------------------------- start
 
     def _check(self, pl_module: LightningModule) -> None:

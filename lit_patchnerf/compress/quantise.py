@@ -10,40 +10,33 @@ fewer bytes at an equal squared error. Both are worth a measurement on a network
 The pairs are float16 where that changes the error by less than 2 %, else float32; codes are made with the rounded
 pair, so that the rounding of the pair is not added to that of the codes.
 
-Quantisation-aware training puts `FakeQuantise` on the same tensors with the same layouts. A network in evaluation mode
-then computes bit for bit what its file will hold.
+Quantisation-aware training computes with `fake_quantisers` of the same tensors in the same layouts, so bit for bit with
+what the file will hold.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lit_cli.errors import InputError
 
 __all__ = [
-    "ErrorReport",
     "FakeQuantise",
     "Layout",
     "Quantised",
-    "TensorError",
-    "add_fake_quantisation",
     "choose_layout",
     "dequantise",
     "dequantise_state",
-    "error_report",
-    "plain_state",
+    "fake_quantisers",
     "quantise",
     "quantise_state",
-    "remove_fake_quantisation",
 ]
 
 Bits = int | Mapping[str, int]
@@ -158,7 +151,7 @@ def quantise_state(
     sensitive: they become float16, or stay float32 where float16 has no room. Whole numbers stay as they are.
 
     Args:
-        state: `module.state_dict()`, or `plain_state` of a network with fake quantisation.
+        state: `module.state_dict()`.
         bits: For all, or for name patterns as of a shell (`{"latents*": 6, "*": 8}`), of which the first that fits
             counts. What no pattern fits stays as it is.
         layouts: Of fake quantisation, by name, so that the codes are those that training saw.
@@ -197,7 +190,7 @@ def dequantise_state(state: State) -> dict[str, Tensor]:
 
 
 class FakeQuantise(nn.Module):
-    """A parametrization that rounds a parameter to its codes' values; gradients pass as if it did not.
+    """Rounds a parameter to its codes' values; gradients pass as if it did not.
 
     Minimum and maximum follow the parameter at every step, so nothing is clipped but what float16 pairs cut off, and
     the straight-through gradient is 1 everywhere. Nothing waits for the device and no shape depends on values.
@@ -247,126 +240,35 @@ class FakeQuantise(nn.Module):
         return f"bits={self.bits}, layout={self.layout.shape}, noise={self.noise}"
 
 
-def add_fake_quantisation(
-    module: nn.Module, bits: Bits, noise: float = 1.0, budget: float = BUDGET
-) -> dict[str, Layout]:
-    """Put `FakeQuantise` on what `quantise_state` would make codes of.
+def fake_quantisers(
+    parameters: Iterable[tuple[str, Tensor]],
+    bits: Bits,
+    noise: float = 1.0,
+    layouts: Mapping[str, Layout] | None = None,
+) -> dict[str, FakeQuantise]:
+    """`FakeQuantise` for each parameter that `quantise_state` would make codes of.
 
-    The parameters stay the same objects, so an optimiser that holds them goes on. Their names in `state_dict` change;
-    `plain_state` gives the former ones.
+    What they give goes to `torch.func.functional_call` in the place of the parameters, which stay as they are.
 
-    Returns:
-        The layouts by plain name, for `quantise_state`.
+    Args:
+        parameters: `module.named_parameters()`.
+        bits: As of `quantise_state`.
+        noise: As of `FakeQuantise`.
+        layouts: By name, of a training that goes on; the others are chosen for the parameters as they are.
 
     Raises:
         InputError: bits or noise outside their range, or no parameter fits.
     """
-    layouts: dict[str, Layout] = {}
-    for name, parameter in list(module.named_parameters()):
+    found: dict[str, FakeQuantise] = {}
+    for name, parameter in parameters:
         wanted = _bits_of(name, bits)
         if wanted is None or not _is_matrix(parameter):
             continue
-        owner, _, field = name.rpartition(".")
-        layouts[name] = choose_layout(parameter.detach().float(), wanted, budget)
-        fake = FakeQuantise(wanted, layouts[name], noise)
-        parametrize.register_parametrization(module.get_submodule(owner), field, fake.train(module.training))
-    if not layouts:
+        layout = (layouts or {}).get(name) or choose_layout(parameter.detach().float(), wanted)
+        found[name] = FakeQuantise(wanted, layout, noise)
+    if not found:
         raise InputError(f"bits: {bits} fits no parameter with two axes; expected a number or patterns of names")
-    return layouts
-
-
-def remove_fake_quantisation(module: nn.Module, rounded: bool = False) -> None:
-    """Take `FakeQuantise` off again.
-
-    Args:
-        module: The network.
-        rounded: Leave the parameters rounded to their codes' values rather than at full precision.
-    """
-    for part in list(module.modules()):
-        if parametrize.is_parametrized(part):
-            for field, chain in list(part.parametrizations.items()):  # type: ignore[union-attr]
-                if any(isinstance(step, FakeQuantise) for step in chain):
-                    chain.eval()  # without noise
-                    parametrize.remove_parametrizations(part, field, leave_parametrized=rounded)
-
-
-def plain_state(module: nn.Module) -> dict[str, Tensor]:
-    """`state_dict` with the names and the full-precision values from before `add_fake_quantisation`."""
-    pattern = re.compile(r"parametrizations\.([^.]+)\.original$")
-    return {pattern.sub(r"\1", name): x for name, x in module.state_dict().items()}
-
-
-class TensorError(NamedTuple):
-    """What quantisation did to one tensor.
-
-    Attributes:
-        name: Of the tensor.
-        elements: How many.
-        bits: Of its codes; of its numbers where it has no codes.
-        pairs: Pairs of minimum and scale.
-        largest: Largest absolute difference.
-        sqnr: Signal to quantisation noise ratio in dB; infinite where nothing changed.
-    """
-
-    name: str
-    elements: int
-    bits: int
-    pairs: int
-    largest: float
-    sqnr: float
-
-
-class ErrorReport(NamedTuple):
-    """What quantisation did to a network.
-
-    Attributes:
-        tensors: One entry each.
-        sqnr: Of all values together, dB.
-        score: Of the network before, where a `score` was given: PSNR, say.
-        quantised_score: The same after.
-    """
-
-    tensors: list[TensorError]
-    sqnr: float
-    score: float | None
-    quantised_score: float | None
-
-
-def error_report(
-    state: Mapping[str, Tensor], quantised: State, score: Callable[[dict[str, Tensor]], float] | None = None
-) -> ErrorReport:
-    """Compare a network's tensors with what their codes hold.
-
-    Args:
-        state: The tensors before.
-        quantised: The same by `quantise_state`.
-        score: Judges a network by its tensors, such as the PSNR of its frames in dB; it is called with both.
-
-    Raises:
-        InputError: the names differ.
-    """
-    if set(state) != set(quantised):
-        odd = sorted(set(state) ^ set(quantised))
-        raise InputError(f"{odd[0]}: expected the same tensors before and after quantisation")
-    after = dequantise_state(quantised)
-    rows, signal, noise = [], 0.0, 0.0
-    for name, x in state.items():
-        stored, before = quantised[name], x.detach().double()
-        difference = after[name].double() - before
-        power, loss = float(before.square().sum()), float(difference.square().sum())
-        signal, noise = signal + power, noise + loss
-        largest = float(difference.abs().max()) if x.numel() else 0.0
-        coded = isinstance(stored, Quantised)
-        bits = stored.bits if coded else 8 * stored.element_size()
-        rows.append(TensorError(name, x.numel(), bits, stored.scale.numel() if coded else 0, largest, _db(power, loss)))
-    scores = (score(dequantise_state(state)), score(after)) if score is not None else (None, None)
-    return ErrorReport(rows, _db(signal, noise), *scores)
-
-
-def _db(signal: float, noise: float) -> float:
-    if noise == 0.0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+    return found
 
 
 def _pairs(x: Tensor, bits: int, layout: Layout) -> tuple[Tensor, Tensor]:

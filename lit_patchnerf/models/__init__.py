@@ -56,7 +56,7 @@ def decoder_config(
     values = dict(options or {})
     for name in values:
         if name not in known:
-            raise InputError(f"model.{name}: no such option in mode {mode}, expected one of {', '.join(known)}")
+            raise InputError(f"model.decoder.{name}: no such option in mode {mode}, expected one of {', '.join(known)}")
     if values.get("strides"):
         values["strides"] = [(s, s) if isinstance(s, int) else s for s in values["strides"]]
     config = classes[mode](**{name: _tuples(value) for name, value in values.items()})

@@ -46,7 +46,7 @@ def solve_strides(patch: Pair, stem: Pair) -> tuple[Pair, ...]:
     ((5, 5), (2, 2), (2, 2))
     """
     if min(*patch, *stem) < 1 or all(s >= p for p, s in zip(patch, stem, strict=True)):
-        raise InputError(f"model.stem: expected fewer rows or columns than the patch {patch} has, got {stem}")
+        raise InputError(f"model.decoder.stem: expected fewer rows or columns than the patch {patch} has, got {stem}")
     factors = [_least_factors(math.ceil(p / s)) for p, s in zip(patch, stem, strict=True)]
     stages = max(len(f) for f in factors)
 
@@ -135,14 +135,16 @@ class CoordinateConfig:
     def __post_init__(self) -> None:
         for name in ("fc_dim", "multiple", "floor", "levels", "hidden"):
             if getattr(self, name) < 1:
-                raise InputError(f"model.{name}: expected at least 1, got {getattr(self, name)}")
+                raise InputError(f"model.decoder.{name}: expected at least 1, got {getattr(self, name)}")
         check_choices(self.block, self.activation, self.clip_pool)
         check_numbers("reductions", self.reductions)
         check_stages(self.kernels, self.blocks or (0,))
         strides = self.all_strides
         reached = self.decoded
         if any(r < p for r, p in zip(reached, self.patch, strict=True)) or min(min(s) for s in strides) < 1:
-            raise InputError(f"model.strides: expected a stem {self.stem} to reach {self.patch}, it reaches {reached}")
+            raise InputError(
+                f"model.decoder.strides: expected a stem {self.stem} to reach {self.patch}, it reaches {reached}"
+            )
         if self.clip_dim is not None:
             check_clip(self.clip_dim, self.clip_stage, len(strides))
 
@@ -178,29 +180,29 @@ def check_choices(block: str, activation: str, pool: str) -> None:
         ("clip_pool", pool, Pool),
     ):
         if value not in get_args(choices):
-            raise InputError(f"model.{name}: expected one of {', '.join(get_args(choices))}, got {value}")
+            raise InputError(f"model.decoder.{name}: expected one of {', '.join(get_args(choices))}, got {value}")
 
 
 def check_numbers(name: str, values: tuple[float, ...]) -> None:
     """Refuse an empty list and numbers that are not positive."""
     if not values or any(v <= 0 for v in values):
-        raise InputError(f"model.{name}: expected positive numbers, got {values}")
+        raise InputError(f"model.decoder.{name}: expected positive numbers, got {values}")
 
 
 def check_stages(kernels: tuple[int, ...], blocks: tuple[int, ...]) -> None:
     """Refuse kernels that are even and a negative count of blocks."""
     if not kernels or any(k < 1 or k % 2 == 0 for k in kernels):
-        raise InputError(f"model.kernels: expected odd positive numbers, got {kernels}")
+        raise InputError(f"model.decoder.kernels: expected odd positive numbers, got {kernels}")
     if not blocks or any(b < 0 for b in blocks):
-        raise InputError(f"model.blocks: expected numbers from 0, got {blocks}")
+        raise InputError(f"model.decoder.blocks: expected numbers from 0, got {blocks}")
 
 
 def check_clip(size: int, stage: int, stages: int) -> None:
     """Refuse an embedding without numbers or from a stage that is not there."""
     if size < 1:
-        raise InputError(f"model.clip_dim: expected at least 1 or null, got {size}")
+        raise InputError(f"model.decoder.clip_dim: expected at least 1 or null, got {size}")
     if not 1 <= stage <= stages:
-        raise InputError(f"model.clip_stage: expected 1 to {stages}, got {stage}")
+        raise InputError(f"model.decoder.clip_stage: expected 1 to {stages}, got {stage}")
 
 
 class CoordinateDecoder(nn.Module):

@@ -56,7 +56,7 @@ def patch_strides(patch: Pair, stages: int = 5) -> tuple[Pair, ...]:
         best = max(fitting, key=lambda way: (math.prod(way), -sum(way), way), default=(1,))
         if size < 1 or size > MOST_CELLS * math.prod(best):
             raise InputError(
-                f"model.strides: expected strides for patches of {patch}, "
+                f"model.decoder.strides: expected strides for patches of {patch}, "
                 f"as {size} is no product of {stages} numbers up to {LARGEST_STRIDE} and one up to {MOST_CELLS}"
             )
         axes.append(best)
@@ -113,23 +113,23 @@ class GridConfig:
     def __post_init__(self) -> None:
         for name in ("width", "multiple", "floor"):
             if getattr(self, name) < 1:
-                raise InputError(f"model.{name}: expected at least 1, got {getattr(self, name)}")
+                raise InputError(f"model.decoder.{name}: expected at least 1, got {getattr(self, name)}")
         if self.levels < 0:
-            raise InputError(f"model.levels: expected a number from 0, got {self.levels}")
+            raise InputError(f"model.decoder.levels: expected a number from 0, got {self.levels}")
         check_choices(self.block, self.activation, self.clip_pool)
         check_numbers("reduction", (self.reduction,))
         check_stages(self.kernels, self.blocks)
         frames, channels = self.latent_frames, self.latent_channels
         if not frames or len(frames) != len(channels) or min(*frames, *channels) < 1:
             raise InputError(
-                "model.latent_frames: expected positive numbers, as many as latent_channels, "
+                "model.decoder.latent_frames: expected positive numbers, as many as latent_channels, "
                 f"got {frames} and {channels}"
             )
         if min(self.grid) < 1 or any(f < 1 or f % g for f, g in zip(self.frame, self.grid, strict=True)):
             raise InputError(f"data.grid: expected to divide the frame {self.frame}, got {self.grid}")
         product = tuple(math.prod(axis) for axis in zip(*self.all_strides, strict=True))
         if min(product) < 1 or any(p % s for p, s in zip(self.patch, product, strict=True)):
-            raise InputError(f"model.strides: expected to divide the patch {self.patch}, got {product} in all")
+            raise InputError(f"model.decoder.strides: expected to divide the patch {self.patch}, got {product} in all")
         if self.clip_dim is not None:
             check_clip(self.clip_dim, self.clip_stage, len(self.all_strides))
 

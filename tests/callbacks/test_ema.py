@@ -209,6 +209,27 @@ def test_average_equals_a_float64_loop(tmp_path, options, expected, trainer):
     close(weights(model), average)
 
 
+def test_averages_can_be_read_written_and_begun_anew(tmp_path):
+    ema, seen = EMA(decay=0.9, warmup=False), {}
+
+    def look(trainer, module):
+        seen["average"] = {name: x.clone() for name, x in ema.averages().items()}
+        if trainer.current_epoch == 0:
+            ema.restart()
+            seen["anew"] = same(ema.averages(), {n: x for n, x in module.state_dict().items() if n in ema.averages()})
+        else:
+            ema.averages()["net.0.weight"].fill_(7.0)
+
+    assert ema.averages() == {}
+    ema.restart()  # nothing to begin anew yet
+    recorder = Recorder()
+    _, model = fit(tmp_path, recorder, ema, Do("on_train_epoch_end", look), max_epochs=2)
+    assert seen["anew"]
+    assert (weights(model)["net.0.weight"] == 7.0).all()
+    average, _ = reference(recorder, warmup=False, start_step=BATCHES)
+    close(seen["average"], {n: x for n, x in average.items() if n in seen["average"]})
+
+
 def test_copied_buffers_are_the_live_ones(tmp_path):
     recorder = Recorder()
     _, model = fit(tmp_path, recorder, EMA(decay=0.9, buffers="copy"))

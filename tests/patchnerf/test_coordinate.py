@@ -92,7 +92,7 @@ def test_strides(patch, stem, strides):
 
 
 def test_stem_must_be_smaller():
-    with pytest.raises(InputError, match=r"^model\.stem"):
+    with pytest.raises(InputError, match=r"^model\.decoder\.stem"):
         solve_strides((9, 16), (9, 16))
 
 

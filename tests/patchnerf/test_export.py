@@ -15,6 +15,7 @@ import torch
 from lit_cli.errors import InputError
 from lit_patchnerf import export, packing
 from lit_patchnerf.compress.container import read_container, size_report
+from lit_patchnerf.compress.quantise import Layout, fake_quantisers
 from lit_patchnerf.decoding import decode_canvases, decode_region, frame_times, to_bytes
 from lit_patchnerf.export import compress_main, decode_main, export_decoder, export_main
 from lit_patchnerf.models import CoordinateConfig, CoordinateDecoder, GridConfig, GridDecoder, decoder_config
@@ -57,11 +58,11 @@ def decoded(video):
 def checkpoint(tmp_path, monkeypatch):
     """A checkpoint of a stand-in: opening one is the business of the module."""
 
-    def make(mode, **hparams):
+    def make(mode, layouts=None, **hparams):
         path = tmp_path / "last.ckpt"
         path.write_bytes(b"")
         values = {"frames": FRAMES, "fps": 12.0, "geometry": GEOMETRY.to_dict(), "mode": mode, **hparams}
-        module = SimpleNamespace(net=network(mode), geometry=GEOMETRY, hparams=values)
+        module = SimpleNamespace(net=network(mode), geometry=GEOMETRY, hparams=values, rounding_layouts=layouts or {})
         stand_in = ModuleType("lit_patchnerf.module")
         stand_in.load = lambda path: module
         monkeypatch.setitem(sys.modules, "lit_patchnerf.module", stand_in)
@@ -83,6 +84,22 @@ def test_round_trip(mode, tmp_path):
         torch.testing.assert_close(x, y, atol=3e-3, rtol=0)
     assert content.config.keys() == {"mode", "decoder", "frames", "fps"}
     assert content.config["decoder"].keys() == asdict(before.net.config).keys()
+
+
+def test_codes_are_those_that_training_rounded_to(checkpoint, tmp_path):
+    """The file of a rounding-aware checkpoint holds bit for bit what the last steps computed with."""
+    net = network("grid")
+    fakes = fake_quantisers(net.named_parameters(), 6)
+    odd = {name: Layout((1,) * len(fake.layout.shape), half=False) for name, fake in fakes.items()}
+    fakes = fake_quantisers(net.named_parameters(), 6, layouts=odd)
+    path = checkpoint("grid", qat_bits=6, layouts=odd)
+    pack(neural_video(path), tmp_path / "a.lpn")
+    after = dict(unpack(tmp_path / "a.lpn")[0].net.named_parameters())
+    assert all(torch.equal(fake(x), after[n]) for n, x in net.named_parameters() if (fake := fakes.get(n)))
+    assert fakes.keys() == odd.keys()
+    pack(neural_video(path), tmp_path / "b.lpn", bits=5)  # others' codes have layouts of their own
+    state = read_container(tmp_path / "b.lpn").state
+    assert any(state[name].minimum.numel() > 1 for name in odd)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -243,7 +260,7 @@ def test_files_that_are_not_ours(tmp_path, checkpoint):
     good = {"mode": "grid", "decoder": plain_config(network("grid").config), "frames": FRAMES, "fps": 12.0}
     for change, message in (
         ({"mode": "cubist"}, r"a\.lpn: model\.mode: expected coordinate or grid, got cubist"),
-        ({"decoder": {"breadth": 3}}, r"a\.lpn: model\.breadth: no such option"),
+        ({"decoder": {"breadth": 3}}, r"a\.lpn: model\.decoder\.breadth: no such option"),
         ({"decoder": None}, r"a\.lpn: lacks|a\.lpn: has beyond|a\.lpn: .* is .*expected"),
         ({"decoder": {"width": "wide"}}, r"a\.lpn: its header describes no decoder"),
         ({"frames": "many"}, r"a\.lpn: its header has no geometry, frames and fps"),

@@ -168,7 +168,7 @@ def test_strides(patch, strides):
 
 @pytest.mark.parametrize("patch", [(322, 320), (320, 0), (17, 20)])
 def test_strides_refuse(patch):
-    with pytest.raises(InputError, match=r"^model\.strides: expected strides for patches"):
+    with pytest.raises(InputError, match=r"^model\.decoder\.strides: expected strides for patches"):
         patch_strides(patch)
 
 

@@ -339,10 +339,15 @@ def test_lightning_trains_automatically_and_by_hand_alike(name, precision):
         ({"name": "sgd"}, "model.optimizer"),
         ({"lr": 0.0}, "model.lr"),
         ({"lr": math.nan}, "model.lr"),
-        ({"betas": (0.9, 0.999)}, "model.betas: expected 3"),
-        ({"weight_decay": -1.0}, "model.weight_decay"),
-        ({"name": "muon", "muon_scale": "other"}, "model.muon_scale"),
-        ({"name": "muon", "phases": {"stages.0.weight": 3}}, "model.phases"),
+        ({"betas": (0.9, 0.999)}, "model.optimizer_options.betas: expected 3"),
+        ({"weight_decay": -1.0}, "model.weight_decay: expected a number from 0, got -1"),
+        ({"weight_decay": math.nan}, "model.weight_decay"),
+        (
+            {"name": "muon", "momentum": 1.0},
+            "model.optimizer_options.momentum: expected a number from 0 and below 1, got 1",
+        ),
+        ({"name": "muon", "muon_scale": "other"}, "model.optimizer_options.muon_scale"),
+        ({"name": "muon", "phases": {"stages.0.weight": 3}}, "model.optimizer_options.phases"),
     ],
 )
 def test_wrong_options_are_named(options, text):

@@ -8,10 +8,8 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from lit_cli.errors import InputError
 from lit_patchnerf import pictures
-from lit_patchnerf.pictures import comparison, draw_grid, side_by_side_video
-from lit_patchnerf.video import read_video
+from lit_patchnerf.pictures import comparison, draw_grid
 
 BAR, GAP = 24, 4
 GREY = (48, 48, 48)
@@ -110,19 +108,7 @@ def test_grid():
         assert (panel[20] >= 128).all()
 
 
-def test_video(tmp_path):
-    frames = [(np.full((33, 321, 3), 40 * i, np.uint8), np.full((33, 321, 3), 40 * i + 10, np.uint8)) for i in range(4)]
-    path = side_by_side_video(tmp_path / "a" / "both.mp4", iter(frames), 12.0, grid=(1, 2), first=7)
-    read, facts = read_video(path)
-    assert (facts.count, facts.fps) == (4, 12.0)
-    assert read.shape[1:3] == (58, 2 * 321 + GAP)  # the codec wants even sides
-    assert read[3][BAR + 10, 100].mean() == pytest.approx(120, abs=6)
-    assert read[3][BAR + 10, 321 + GAP + 100].mean() == pytest.approx(130, abs=6)
-    wide = side_by_side_video(tmp_path / "three.mp4", frames, 12.0, error=True)
-    assert read_video(wide)[0].shape[2] == 3 * 321 + 2 * GAP + 1
-
-
-def test_refusals(tmp_path):
+def test_refusals():
     with pytest.raises(ValueError, match=r"a reconstruction of \(8, 8\) pixels, expected \(8, 9\)"):
         comparison(np.zeros((8, 9, 3), np.uint8), np.zeros((8, 8, 3), np.uint8))
     for wrong in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), torch.zeros(1, 8, 8), torch.zeros(8, 8)):
@@ -130,6 +116,3 @@ def test_refusals(tmp_path):
             comparison(wrong, wrong)
     with pytest.raises(ValueError, match="an array of float64, expected uint8"):
         comparison(np.zeros((8, 8, 3)), np.zeros((8, 8, 3)))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write a video"):
-        side_by_side_video(tmp_path / "file" / "a.mp4", [(scene(), scene())], 5.0)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from lit_cli.errors import InputError
 from lit_patchnerf.predict import FrameWriter
 from lit_patchnerf.samples import MomentBatch
-from lit_patchnerf.video import read_video
+from lit_patchnerf.video import read_video, write_frames
 
 
 class Stub(pl.LightningModule):
@@ -18,7 +18,7 @@ class Stub(pl.LightningModule):
 
     def __init__(self, size=(16, 24), fps=20.0, fail_at=None):
         super().__init__()
-        self.hparams.update({"fps": fps})
+        self.hparams.update({"fps": fps, "frames": 10, "geometry": {"frame": list(size)}})
         self.size, self.fail_at = size, fail_at
 
     def predict_step(self, batch, batch_idx):
@@ -100,6 +100,29 @@ def test_a_film_that_was_begun_opens(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         predict(FrameWriter(), [float(i) for i in range(9)], tmp_path, module=Stub(fail_at=2))
     assert len(levels(tmp_path / "predictions" / "video.mp4")[0]) == 6
+
+
+def test_beside_the_original(tmp_path):
+    originals = [np.full((16, 24, 3), 250 - 20 * i, np.uint8) for i in range(10)]
+    write_frames(tmp_path / "original", originals)
+    writer = FrameWriter(format="frames", beside=str(tmp_path / "original"))
+    predict(writer, [2.0, 3.0], tmp_path)
+    for path, number in zip(writer.artifacts, (2, 3), strict=True):
+        picture = cv2.imread(path)
+        left, right = picture[-16:, :24], picture[-16:, -24:]
+        assert (left == 250 - 20 * number).all()
+        assert (right == 20 * number).all()
+    part = writer._beside(3.0, np.zeros((4, 6, 3), np.uint8), [8, 9, 4, 6])
+    assert (part[-4:, :6] == 190).all()
+    with pytest.raises(InputError, match=r"^predictions\.beside: the original has no frame 2\.5, expected .*step 1$"):
+        predict(writer, [2.0, 2.5], tmp_path)
+    write_frames(tmp_path / "short", originals[:4])
+    short = FrameWriter(beside=str(tmp_path / "short"))
+    with pytest.raises(InputError, match=r"short has 4 frames of 16x24, expected 10 of 16x24 as the network's$"):
+        predict(short, [2.0], tmp_path)
+    other = Stub(size=(16, 26))
+    with pytest.raises(InputError, match=r"original has 10 frames of 16x24, expected 10 of 16x26"):
+        predict(writer, [2.0], tmp_path, module=other)
 
 
 def test_several_processes(tmp_path, monkeypatch):
