@@ -355,7 +355,10 @@ class LitPatchNeRF(LightningModule):
             self._steps = OptimizerSteps(
                 self._terms, optimizer, parameters, clip=self.hparams["gradient_clip"], capture=self._captures
             )
-        first, count = self.trainer.global_step, len(batch.indices)
+        first, last = self.trainer.global_step, self.trainer.max_steps
+        if 0 < last < first + len(batch.indices):
+            batch = batch.head(last - first)
+        count = len(batch.indices)
         if self._rounds(first) and not self._trained.rounding:
             self._steps.forget()  # from here on the network is another one
         factors = [self._factor(step) for step in range(first, first + count)]

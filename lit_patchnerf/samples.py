@@ -21,6 +21,10 @@ class TrainBatch(NamedTuple):
     embeddings: Tensor | None
     """(K, B, D) float16 of patches, (K, B, rows, cols, D) of frames; None without targets"""
 
+    def head(self, steps: int) -> TrainBatch:
+        """The samples of the first steps."""
+        return TrainBatch(*(None if x is None else x[:steps] for x in self))  # type: ignore[arg-type]
+
 
 class FrameBatch(NamedTuple):
     """Whole frames to evaluate on."""

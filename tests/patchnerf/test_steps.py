@@ -114,7 +114,10 @@ def test_another_number_of_steps_from_the_end_of_an_epoch_on(tmp_path, first, th
     assert same(weights(whole[0]), weights(rest[0]))
 
 
-@pytest.mark.parametrize(("limits", "steps"), [({"max_steps": 6, "max_epochs": -1}, 6), ({"max_steps": 9}, 9)])
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [({"max_steps": 6, "max_epochs": -1}, 6), ({"max_steps": 9}, 9), ({"max_steps": 8}, 8), ({"max_steps": 1}, 1)],
+)
 def test_max_steps_counts_optimizer_steps(tmp_path, limits, steps):
     one, three = (train(tmp_path, together, **limits) for together in (1, 3))
     assert one[1].global_step == three[1].global_step == steps
