@@ -150,7 +150,7 @@ def build(arguments: Sequence[str], holdout: bool = False) -> DetectionCLI:
     return cli
 
 
-def hold_out(data: DetectionData, share: float = 0.1) -> None:
+def hold_out(data: DetectionData, share: float = 0.25) -> None:
     """Put a share of the training videos in the place of `val`; the same ones whatever the seed."""
     splits = data.table.splits
     groups = sorted({sample.group for sample in splits["train"]})

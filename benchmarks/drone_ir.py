@@ -10,7 +10,7 @@ Ours is a profile as the command line builds it, in the real Trainer; peers run 
 They are not compiled: their shapes change with the densest image of every batch. A peer's settings are what suits it
 best, as far as known: RT-DETRv2 with bf16 and channels_last as published, with its last layer's loss mended, and that
 in TF32 too, since bf16 rounds its coordinates; FCOS with a stride of 4 or 8, with AdamW or SGD. Whoever tries other
-settings does so with `--split holdout`, which leaves `val` alone and holds out every tenth video of `train`.
+settings does so with `--split holdout`, which leaves `val` alone and holds out a quarter of the videos of `train`.
 
 Detections of all go through one evaluator. Intervals are over videos, drawn alike for all methods, so that differences
 are paired; spreads are over seeds.

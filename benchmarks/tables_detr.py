@@ -82,7 +82,7 @@ def _drone_setting(rows: Sequence[Row], runs: Sequence[Row]) -> str:
         for row in pairs
     ]
     changed = f" with `{first['overrides']}`" if first["overrides"] else ""
-    where = "the validation videos" if first["split"] == "val" else "every tenth training video, held out"
+    where = "the validation videos" if first["split"] == "val" else "a quarter of the training videos, held out"
     height, width = runs[0]["frame"]
     text = (
         f"Points of AP on {where}, mean ± sd of the seeds; frames of {width} x {height} pixels, {first['minutes']:g} "
@@ -147,7 +147,7 @@ def _ablation_setting(rows: Sequence[Row], runs: Sequence[Row]) -> str:
         )
     header = ["setting", "AP", "AP tiny", "AR tiny", "change of AP", "of AP tiny", "sure", "s", "seeds"]
     first, changed = rows[0], f" with `{rows[0]['overrides']}`" if rows[0]["overrides"] else ""
-    where = "the validation videos" if first["split"] == "val" else "every tenth training video, held out"
+    where = "the validation videos" if first["split"] == "val" else "a quarter of the training videos, held out"
     text = (
         f"Points on {where} after {first['steps']} steps of {listed(r.get('batch') for r in runs)} images, profile "
         f"`{first['config']}`{changed}, not compiled; mean over the seeds, changes paired by seed. `sure`: detections "
