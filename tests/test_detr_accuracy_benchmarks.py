@@ -167,7 +167,7 @@ def test_a_hold_out_takes_whole_videos_from_training_and_leaves_val_alone(script
     before = {k: list(v) for k, v in data.table.splits.items()}
     bench.hold_out(data)
     splits = data.table.splits
-    assert len(splits["val"]) == 2
+    assert len(splits["val"]) == 5
     assert sorted(s.name for part in ("train", "val") for s in splits[part]) == sorted(s.name for s in before["train"])
     assert not {s.group for s in splits["train"]} & {s.group for s in splits["val"]}
 
