@@ -8,7 +8,8 @@ own CUDA graphs and with its own recipe for compilation. Ours takes as many quer
 ours stands beside it.
 
 `ms` is the median of single steps, `first_s` all that comes before: cuDNN's trials, compilation, capture of graphs.
-`allocated_gb` is the peak of the tensors from then on, for a captured graph from its capture on.
+`allocated_gb` is the peak of the tensors from then on, for a captured graph from its capture on, less `held_gb`, which
+earlier rows have not given back.
 
     python benchmarks/detr_step.py --out benchmarks/results/detr_step.json [--only 640,ours] [--brief] [--tiny]
 """
@@ -22,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from common import Results, Row, table
 from detr_peers import random_boxes, rfdetr_nano, rtdetr_v2
-from steps import clean, measured, setup, step_options
+from steps import Held, clean, measured, setup, step_options
 from torch import Tensor, nn
 
 from lit_common.graph import GraphedCall
@@ -183,8 +184,10 @@ def make_step(way: Way, side: int, batch: int, boxes: int, device: torch.device,
 def run(way: Way, side: int, batch: int, boxes: int, device: torch.device, tiny: bool) -> Row:
     """A row's values."""
     clean()
+    held = Held.now()
     (first, step, millions), remarks = make_step(way, side, batch, boxes, device, tiny)
-    row = measured(first, step, device, tiny)
+    captures = way.graph and way.tool == "RF-DETR"  # in its first step
+    row = measured(first, step, device, tiny, held=held, from_first=captures)
     return row | {"images_s": round(1000 * batch / row["ms"], 1), "params_m": millions, **remarks}
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from common import Results, Row, table
 from dsunet_peers import dynunet, monai_loss, nearest_targets, nnunet_loss, plain_conv_unet, version
-from steps import DTYPES, clean, compiler, measured, setup, step_options
+from steps import DTYPES, Held, clean, compiler, measured, setup, step_options
 from torch import Tensor, nn
 
 from lit_common.graph import GraphedStep
@@ -190,8 +190,9 @@ def make_step(way: Way, side: int, batch: int, device: torch.device, tiny: bool)
 def run(way: Way, side: int, batch: int, device: torch.device, tiny: bool) -> Row:
     """A row's values."""
     clean()
+    held = Held.now()
     (first, step, parameters), remarks = make_step(way, side, batch, device, tiny)
-    row = measured(first, step, device, tiny)
+    row = measured(first, step, device, tiny, held=held)
     rate = 1000 * batch / row["ms"]
     row |= {"patches_s": round(rate, 2), "params_m": round(parameters / 1e6, 2), **remarks}
     if side in FORWARD_GFLOP and way.mkdc == "off":

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from common import Row, spread, timed
@@ -32,11 +32,42 @@ def compiler(device: torch.device) -> Callable[..., Any]:
     return lambda target: torch.compile(target, **options)
 
 
+class Held(NamedTuple):
+    """Bytes on the device before a row is prepared: what rows before it never gave back is not this row's."""
+
+    allocated: int = 0
+    reserved: int = 0
+
+    @classmethod
+    def now(cls) -> Held:
+        """Of this moment."""
+        if not torch.cuda.is_available():
+            return cls()
+        return cls(torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
+
+
 def measured(
-    first: Callable[[], object], step: Callable[[], object], device: torch.device, tiny: bool, seconds: float = 3.0
+    first: Callable[[], object],
+    step: Callable[[], object],
+    device: torch.device,
+    tiny: bool,
+    seconds: float = 3.0,
+    held: Held | None = None,
+    from_first: bool = False,
 ) -> Row:
-    """Time `step` after `first` and one of its own have run; milliseconds and the memory from there on."""
-    cuda = device.type == "cuda"
+    """Time `step` after `first` and one of its own have run; milliseconds and peaks of memory.
+
+    Args:
+        first: The first step.
+        step: Each further one.
+        device: Where they run.
+        tiny: A dry run.
+        seconds: To measure for.
+        held: Taken off the peaks.
+        from_first: Peaks count from `first` on, because it captures a graph, whose replays have none of their own;
+            otherwise from `step` on, without cuDNN's trials.
+    """
+    cuda, held = device.type == "cuda", held or Held()
 
     def wait() -> float:
         if cuda:
@@ -46,7 +77,7 @@ def measured(
     begin = wait()
     first()
     wait()
-    if cuda:
+    if cuda and not from_first:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     step()
@@ -58,8 +89,9 @@ def measured(
     laps = spread([1000 * s for s in timed(step, device, 2 if tiny else max(5, min(60, int(seconds / each))), 0)])
     row: Row = {"ms": round(laps.median, 3), "iqr_ms": round(laps.iqr, 3), "first_s": round(first_s, 2)}
     if cuda:
-        row["allocated_gb"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
-        row["reserved_gb"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
+        row["allocated_gb"] = round((torch.cuda.max_memory_allocated() - held.allocated) / GIB, 3)
+        row["reserved_gb"] = round((torch.cuda.max_memory_reserved() - held.reserved) / GIB, 3)
+        row["held_gb"] = round(held.allocated / GIB, 3)
     return row
 
 
