@@ -54,6 +54,10 @@ def make_folds(
         if volume is None or not 0 <= volume < math.inf:  # NaN fails the comparison as well
             raise InputError(f"case {sample.name}: foreground volume is {volume}, expected a number from 0 up")
         cases.setdefault(sample.patient, []).append(sample.name)
+    if len(cases) < 2:
+        raise InputError(
+            f"data.fold: {len(cases)} patient cannot be dealt into folds, expected null, to train on it alone"
+        )
     if not 2 <= n_folds <= len(cases):
         raise InputError(f"n_folds is {n_folds}, expected 2 to {len(cases)}, the number of patients")
     totals = {patient: float(sum(volumes[name] for name in names)) for patient, names in cases.items()}

@@ -113,7 +113,7 @@ def test_dealing_refuses_what_cannot_be_dealt() -> None:
     volumes = {"a": 1.0, "b": 2.0, "c": 3.0}
     refused(lambda: make_folds(singles("abc"), volumes, 4), "n_folds is 4", "2 to 3")
     refused(lambda: make_folds(singles("abc"), volumes, 1), "n_folds is 1")
-    refused(lambda: make_folds(samples_of({"a": "p", "b": "p"}), volumes, 2), "n_folds is 2", "2 to 1")
+    refused(lambda: make_folds(samples_of({"a": "p", "b": "p"}), volumes, 2), "data.fold", "1 patient", "null")
     refused(lambda: make_folds(singles("abcd"), volumes, 2), "case d", "None")
     for bad in (-1.0, float("nan"), float("inf")):
         refused(lambda: make_folds(singles("abc"), {**volumes, "b": bad}, 2), "case b", str(bad))  # noqa: B023
