@@ -337,3 +337,21 @@ def test_bfloat16_is_captured_with_fresh_casts(tmp_path, exact):
     eager, captured = (on_gpu(tmp_path, 3, graph, precision="bf16-mixed", max_epochs=4) for graph in (False, True))
     close(eager, captured, 2e-2)
     assert captured[2].losses[-1] < captured[2].losses[0]
+
+
+@pytest.mark.gpu
+@gpu
+def test_whole_frames_of_a_real_size_are_learned_alike(tmp_path):
+    """The losses of a profile's own steps: bfloat16, Muon with a rate of its own, kernels that take workspaces."""
+    scene = {"frames": 12, "height": 320, "width": 640, "shapes": 4}
+    data = {"synthetic": scene, "sample": "frame", "batch_size": 1, "grid": [1, 2], "data_split": "1_1_1"}
+    decoder = {"activation": "sin", "levels": 0, "width": 32, "strides": [5, 4, 4, 2, 2], "floor": 16, "multiple": 8}
+    decoder |= {"latent_frames": [12, 6], "latent_channels": [8, 8], "reduction": 1.2}
+    model = {"optimizer": "muon", "optimizer_options": {"muon_lr": 0.01}, "lr": 0.005, "decoder": decoder}
+    found = []
+    for together, graph in ((1, False), (6, False), (6, True)):
+        options = {"data": data, "model": model, "precision": "bf16-mixed", "max_epochs": 20}
+        losses = on_gpu(tmp_path, together, graph, **options)[2].losses[-36 // together :]  # of three epochs
+        found.append(sum(losses) / len(losses))
+    assert found[1] == pytest.approx(found[0], rel=0.2)
+    assert found[2] == pytest.approx(found[0], rel=0.2)
