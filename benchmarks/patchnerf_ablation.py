@@ -59,8 +59,11 @@ SETTINGS: dict[str, list[str]] = {
     "adamw 0.002": _optimizer("adamw", 2e-3),
     "adamw 0.005": _optimizer("adamw", 5e-3),
     "adan 0.003": _optimizer("adan", 3e-3),
-    **{f"muon, matrices {rate}": _optimizer("muon", 2e-3, muon_lr=rate) for rate in (0.001, 0.0025, 0.005, 0.01)},
-    "muon, spectral 0.02": _optimizer("muon", 2e-3, muon_lr=0.02, muon_scale="spectral"),
+    **{f"muon, rms {rate}": _optimizer("muon", 2e-3, muon_lr=rate) for rate in (0.001, 0.0025, 0.005)},
+    **{
+        f"muon, spectral {rate}": _optimizer("muon", 2e-3, muon_lr=rate, muon_scale="spectral")
+        for rate in (0.005, 0.01, 0.02, 0.03)
+    },
     "muon, phases apart": ["--model.optimizer_options.phases", "true"],
     **{f"loss {name}": ["--model.loss", name] for name in ("l2", "l1", "fusion6", "fusion10_freq")},
     "coordinate mode": [
