@@ -52,8 +52,7 @@ class DetectionAugmentation:
         gamma: Range of an exponent.
         noise: Largest standard deviation of Gaussian noise; the image spans 0 to 1.
         colour_p: Probability of each of these four.
-        plain_from: Share of the run from which on mosaics, pasting and scaling are off, so that objects have
-            at last the sizes that they have in the data.
+        plain_from: Share of the run from which on mosaics and pasting are off.
     """
 
     flip_h: float = 0.5
@@ -136,8 +135,8 @@ def augment_batch(
     """
     rng = np.random.default_rng((seed, 0))
     height, width = images.shape[-2:]
-    rich = progress < options.plain_from
-    pieces, kept = _draw(boxes, (height, width), options, rng, rich)
+    composing = progress < options.plain_from
+    pieces, kept = _draw(boxes, (height, width), options, rng, composing)
     values = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     return _colour(_read(values, pieces), options, np.random.default_rng((seed, 1)), seed), kept
 
@@ -150,28 +149,28 @@ def _draw(
     size: tuple[int, int],
     options: DetectionAugmentation,
     rng: np.random.Generator,
-    rich: bool,
+    composing: bool,
 ) -> tuple[list[list[_Piece]], list[Boxes]]:
     height, width = size
     pieces: list[list[_Piece]] = []
     kept: list[Boxes] = []
     for i in range(len(boxes)):
         whole = (0, 0, width, height)
-        if rich and len(boxes) > 1 and rng.random() < options.mosaic_p:
+        if composing and len(boxes) > 1 and rng.random() < options.mosaic_p:
             x, y = (round(rng.uniform(0.35, 0.65) * side) for side in (width, height))
             rects = [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
             sources = [i, *rng.choice(len(boxes), 3)]
             limits = options.mosaic_scale
         else:
             rects, sources = [whole], [i]
-            limits = options.scale if rich and rng.random() < options.scale_p else (1.0, 1.0)
+            limits = options.scale if rng.random() < options.scale_p else (1.0, 1.0)
         mine, parts = [], []
         for rect, source in zip(rects, sources, strict=True):
             piece = _place(int(source), rect, boxes[int(source)].boxes, size, limits, options, rng)
             mine.append(piece)
             parts.append(_through(boxes[int(source)], piece, options))
         found = Boxes(np.concatenate([p.boxes for p in parts]), np.concatenate([p.labels for p in parts]))
-        if rich and len(boxes) > 1 and rng.random() < options.paste_p:
+        if composing and len(boxes) > 1 and rng.random() < options.paste_p:
             found = _paste(i, found, boxes, mine, size, options, rng)
         pieces.append(mine)
         kept.append(found)
