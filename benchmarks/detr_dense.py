@@ -5,7 +5,8 @@ boxes on 2 x 2 frames, or 500 on 3 x 3, most of 8 to 25 px. Those for training a
 evaluation of validation frames; they are drawn once with a fixed seed and kept in `--work`. What is pasted is easier
 than the frames' own objects, so that figures compare methods with each other, not with other data.
 
-Time, batches, augmentation, schedule, average and evaluator are shared as in `drone_ir.py`. Queries and detections are
+Time, batches, augmentation (without mosaics: scenes are composed already), schedule, average and evaluator are shared
+as in `drone_ir.py`. Queries and detections are
 as many for RT-DETRv2 as ours has for such scenes, and more than there are boxes; FCOS may keep as many detections. Ours
 is not compiled: the number of boxes, and so its shapes, differ from batch to batch.
 
@@ -32,7 +33,7 @@ import torch
 from common import Results, Row, table
 from detr_equal_time import QUIET, TINY, Recipe, Way, compete
 from detr_peers import Peer, fcos_r18, rtdetr_v2
-from drone_ir import EVALUATION_S, options_of, run_and_summarise
+from drone_ir import EVALUATION_S, PLAIN, options_of, run_and_summarise
 from numpy.typing import NDArray
 
 from lit_detr.canvas import Canvas, dense_composite
@@ -252,7 +253,7 @@ def measure(options: argparse.Namespace, overrides: list[str], results: Results,
         base = [*TINY, "--data.format", "coco"] if options.tiny else ["--config", options.config]
         height, width = (64 * density.rows, 96 * density.columns) if options.tiny else density.frame
         base += [*QUIET, "--trainer.default_root_dir", str(folder), "--data.root", str(root)]
-        base += ["--data.image_size", f"[{height},{width}]"]
+        base += ["--data.image_size", f"[{height},{width}]", *PLAIN]
         base += ["--data.batch_size", str(2 if options.tiny else density.batch)]
         for seed, method in plan:
             if time.time() + 60 * options.minutes + EVALUATION_S * (not options.tiny) > options.deadline:

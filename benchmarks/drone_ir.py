@@ -1,16 +1,18 @@
 """Average precision at equal time, from random weights: ours beside RT-DETRv2-R18 and torchvision's FCOS-R18.
 
 Every method gets the same seconds on one GPU, from before its first import of data to its last step: decoding from the
-cache, upload, compilation and captures are in, evaluation is not. All see the same batches in the same order with the
-same augmentation on the device, all follow one course of the learning rate and switch mosaics off at one point, both by
+cache, upload, compilation and captures are in, evaluation is not. All see the same batches in the same order, with the
+profile's augmentation on the device, all follow one course of the learning rate and switch mosaics off at one point, both by
 the share of the time that is gone, and all are evaluated with an average of their weights of the same decay. So the
 schedule ends with the time, however fast a method is, and no number of steps has to be guessed.
 
 Ours is a profile as the command line builds it, in the real Trainer; peers run in a plain loop, which costs them less.
 They are not compiled: their shapes change with the densest image of every batch. A peer's settings are what suits it
 best, as far as known: RT-DETRv2 with bf16 and channels_last as published, with its last layer's loss mended, and that
-in TF32 too, since bf16 rounds its coordinates; FCOS with a stride of 4 or 8, with AdamW or SGD. Whoever tries other
-settings does so with `--split holdout`, which leaves `val` alone and holds out a quarter of the videos of `train`.
+in TF32 too, since bf16 rounds its coordinates; FCOS with a stride of 4 or 8, with AdamW or SGD. Rows named `plain` have
+no mosaics and the default scaling: strong augmentation pays with many steps only, and peers make fewer of them. Whoever
+tries other settings does so with `--split holdout`, which leaves `val` alone and holds out a quarter of the videos of
+`train`.
 
 Detections of all go through one evaluator. Intervals are over videos, drawn alike for all methods, so that differences
 are paired; spreads are over seeds.
@@ -60,14 +62,19 @@ def _fcos(classes: int, size: tuple[int, int], finest: Literal[4, 8] = 4) -> Pee
     return fcos_r18(classes, finest, channels_last=True)
 
 
+PLAIN = ("--data.augment.mosaic_p", "0", "--data.augment.scale", "[0.8,1.6]")
 _ADAMW, _SGD = Recipe(lr=1e-3, clip=10.0), Recipe("sgd", 2e-2, clip=10.0)
 WAYS = {
     "ours": Way(),
     "ours 8-32": Way(extra=("--model.strides", "[8,16,32]")),
+    "ours plain": Way(extra=PLAIN),
     "RT-DETRv2": Way(_rtdetr),
+    "RT-DETRv2 plain": Way(_rtdetr, extra=PLAIN),
     "RT-DETRv2 mended": Way(functools.partial(_rtdetr, patched=True)),
+    "RT-DETRv2 mended plain": Way(functools.partial(_rtdetr, patched=True), extra=PLAIN),
     "RT-DETRv2 mended TF32": Way(functools.partial(_rtdetr, patched=True), Recipe(dtype=None)),
     "FCOS P2 AdamW": Way(_fcos, _ADAMW),
+    "FCOS P2 AdamW plain": Way(_fcos, _ADAMW, PLAIN),
     "FCOS P2 SGD": Way(_fcos, _SGD),
     "FCOS P3 AdamW": Way(functools.partial(_fcos, finest=8), _ADAMW),
     "FCOS P3 SGD": Way(functools.partial(_fcos, finest=8), _SGD),

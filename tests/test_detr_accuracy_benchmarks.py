@@ -1,5 +1,6 @@
 """The comparisons of lit_detr in precision: what they compute, and dry runs. Absent peers are stood in for."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from lit_detr.augment import DetectionAugmentation
 from lit_detr.data import DetectionData
 from lit_detr.samples import pack_targets
 
@@ -197,6 +199,18 @@ def test_drone_ir_dry_run(script, tmp_path, monkeypatch, capsys):
     assert "deadline: stopped before ours, seed 1" in capsys.readouterr().out
     bench.main(["--take", str(out), "--out", str(tmp_path / "other.json")])
     assert len(rows_of(tmp_path / "other.json")) == 2
+
+
+def test_plain_rows_have_no_mosaics(script):
+    bench, shared = script("drone_ir"), script("detr_equal_time")
+    plain = {name: way for name, way in bench.WAYS.items() if name.endswith("plain")}
+    assert {name.split()[0] for name in plain} == {"ours", "RT-DETRv2", "FCOS"}
+    base = ["--config", "h200", "--data.root", "absent", *shared.QUIET, "--trainer.precision", "32-true"]
+    assert shared.build(base).datamodule.hparams["augment"]["mosaic_p"] > 0
+    for name, way in plain.items():
+        augment = shared.build([*base, *way.extra]).datamodule.hparams["augment"]
+        assert json.dumps(augment) == json.dumps(dataclasses.asdict(DetectionAugmentation()))
+        assert way.recipe == bench.WAYS[name.removesuffix(" plain")].recipe
 
 
 def test_frames_that_are_not_filled_are_refused(script):
