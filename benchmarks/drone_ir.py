@@ -2,9 +2,9 @@
 
 Every method gets the same seconds on one GPU, from before its first import of data to its last step: decoding from the
 cache, upload, compilation and captures are in, evaluation is not. All see the same batches in the same order, with the
-profile's augmentation on the device, all follow one course of the learning rate and switch mosaics off at one point, both by
-the share of the time that is gone, and all are evaluated with an average of their weights of the same decay. So the
-schedule ends with the time, however fast a method is, and no number of steps has to be guessed.
+profile's augmentation on the device, all follow one course of the learning rate and switch mosaics off at one point,
+both by the share of the time that is gone, and all are evaluated with an average of their weights of the same decay. So
+the schedule ends with the time, however fast a method is, and no number of steps has to be guessed.
 
 Ours is a profile as the command line builds it, in the real Trainer; peers run in a plain loop, which costs them less.
 They are not compiled: their shapes change with the densest image of every batch. A peer's settings are what suits it
