@@ -5,10 +5,10 @@ boxes on 2 x 2 frames, or 500 on 3 x 3, most of 8 to 25 px. Those for training a
 evaluation of validation frames; they are drawn once with a fixed seed and kept in `--work`. What is pasted is easier
 than the frames' own objects, so that figures compare methods with each other, not with other data.
 
-Time, batches, augmentation (without mosaics: scenes are composed already), schedule, average and evaluator are shared
-as in `drone_ir.py`. Queries and detections are
-as many for RT-DETRv2 as ours has for such scenes, and more than there are boxes; FCOS may keep as many detections. Ours
-is not compiled: the number of boxes, and so its shapes, differ from batch to batch.
+Time, batches, augmentation, schedule, average and evaluator are shared as in `drone_ir.py`, but without mosaics, since
+scenes are composed already. Queries and detections are as many for RT-DETRv2 as ours has for such scenes, and more than
+there are boxes; FCOS may keep as many detections. Ours is not compiled: the number of boxes, and so its shapes, differ
+from batch to batch.
 
     python benchmarks/detr_dense.py --root /data/drone_ir --minutes 4 --work /tmp/dense
     python benchmarks/detr_dense.py --root ... --boxes 500 --only ours -- --model.strides [8,16,32]
@@ -31,9 +31,9 @@ import cv2
 import numpy as np
 import torch
 from common import Results, Row, table
-from detr_equal_time import QUIET, TINY, Recipe, Way, compete
+from detr_equal_time import PLAIN, QUIET, TINY, Recipe, Way, compete
 from detr_peers import Peer, fcos_r18, rtdetr_v2
-from drone_ir import EVALUATION_S, PLAIN, options_of, run_and_summarise
+from drone_ir import EVALUATION_S, options_of, run_and_summarise
 from numpy.typing import NDArray
 
 from lit_detr.canvas import Canvas, dense_composite

@@ -41,6 +41,7 @@ QUIET = [
     *("--plots.num_first", "0", "--plots.worst_k", "0"),
 ]
 Detected = tuple[Tensor, Tensor, Tensor]  # of an image in its pixels: boxes, scores, labels
+PLAIN = ("--data.augment.mosaic_p", "0", "--data.augment.scale", "[0.8,1.6]")  # the defaults
 ENDLESS = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "10000000"]
 TINY = [
     *("--config", "demo", "--data.synthetic_train", "8", "--data.synthetic_val", "4", "--data.image_size", "[64,96]"),

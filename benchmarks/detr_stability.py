@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from common import Results, Row, table
+from detr_equal_time import PLAIN
 from detr_scenes import Scenes
-from drone_ir import PLAIN
 from lightning.pytorch import Callback, LightningModule, Trainer
 from profile_tasks import CONFIGS, SMALL_NETWORK
 from profiles import clean_up

@@ -10,9 +10,8 @@ Ours is a profile as the command line builds it, in the real Trainer; peers run 
 They are not compiled: their shapes change with the densest image of every batch. A peer's settings are what suits it
 best, as far as known: RT-DETRv2 with bf16 and channels_last as published, with its last layer's loss mended, and that
 in TF32 too, since bf16 rounds its coordinates; FCOS with a stride of 4 or 8, with AdamW or SGD. Rows named `plain` have
-no mosaics and the default scaling: strong augmentation pays with many steps only, and peers make fewer of them. Whoever
-tries other settings does so with `--split holdout`, which leaves `val` alone and holds out a quarter of the videos of
-`train`.
+no mosaics and the default scaling, for the profile's were chosen for ours. Whoever tries other settings does so with
+`--split holdout`, which leaves `val` alone and holds out a quarter of the videos of `train`.
 
 Detections of all go through one evaluator. Intervals are over videos, drawn alike for all methods, so that differences
 are paired; spreads are over seeds.
@@ -40,7 +39,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from common import Results, Row, table, take
-from detr_equal_time import FIGURES, QUIET, TINY, Recipe, Way, build, compete
+from detr_equal_time import FIGURES, PLAIN, QUIET, TINY, Recipe, Way, build, compete
 from detr_peers import Peer, fcos_r18, rtdetr_v2
 
 from lit_detr.__main__ import DetectionCLI
@@ -62,7 +61,6 @@ def _fcos(classes: int, size: tuple[int, int], finest: Literal[4, 8] = 4) -> Pee
     return fcos_r18(classes, finest, channels_last=True)
 
 
-PLAIN = ("--data.augment.mosaic_p", "0", "--data.augment.scale", "[0.8,1.6]")
 _ADAMW, _SGD = Recipe(lr=1e-3, clip=10.0), Recipe("sgd", 2e-2, clip=10.0)
 WAYS = {
     "ours": Way(),

@@ -77,7 +77,7 @@ ALSO = {
         "trainer.check_val_every_n_epoch",
         "model.cuda_graph",
         "data.image_size",
-        # No card decides on these: what did best on drone_ir's held-out videos.
+        # No card decides on these: they were chosen on drone_ir's held-out videos.
         "model.backbone",
         "data.augment.mosaic_p",
         "data.augment.scale",
