@@ -6,11 +6,8 @@ what a checkpoint stores, a closing table, and errors of one line.
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar
@@ -21,29 +18,18 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_callbacks import EMA
-from lit_callbacks.graceful import GracefulStop, report_of
-from lit_callbacks.oom import is_out_of_memory
-from lit_callbacks.safe_io import is_disk_full
+from lit_callbacks.graceful import GracefulStop
 from rich.console import Console
 from rich.table import Table
 
+from lit_cli.console import one_line
 from lit_cli.errors import InputError
 from lit_cli.profiles import expand_profiles
 
-Result = TypeVar("Result")
 CLI = TypeVar("CLI", bound="LitCLI")
 
 REFRESH_EVERY = 20  # batches; each refresh of the progress bar reads the loss and so waits for the device
-
-SMALLER = "halve --data.batch_size and double --trainer.accumulate_grad_batches, or take a profile of a smaller card"
-
-QUIET = (  # remarks of libraries on each other, about nothing that a user did
-    r".*isinstance\(treespec, LeafSpec\)` is deprecated",
-    r"The dirpath has changed from",
-    r"Couldn't infer the batch indices fetched from your dataloader",
-)
 
 
 class OneLineParser(LightningArgumentParser):
@@ -307,61 +293,4 @@ def run(
     return one_line(package, lambda: cli_class(model_class, datamodule_class, package, args))
 
 
-def dispatch(
-    package: str,
-    main: Callable[[], object],
-    command_of: Callable[[str], Callable[[list[str]], object] | None],
-) -> None:
-    """What a task's console script does: the Trainer's subcommands, or a command that trains nothing itself.
-
-    Args:
-        package: Import name of the task.
-        main: Runs the Trainer's.
-        command_of: The command that a first word stands for, None for one of the Trainer's.
-    """
-    args = sys.argv[1:]
-    command = command_of(args[0]) if args else None
-    if command is None:
-        main()  # its value would become the exit status
-    else:
-        one_line(package, lambda: command(args[1:]))
-
-
-def one_line(package: str, action: Callable[[], Result]) -> Result:
-    """Do something for the user; what goes wrong by the user's own input is one line and status 2."""
-    program = package.replace("_", "-")
-    for noise in QUIET:
-        warnings.filterwarnings("ignore", message=noise)
-    try:
-        return action()
-    except Exception as error:
-        message = _message(error)
-        if message is None:
-            raise
-        report = report_of(error)  # a full disk's says all there is to say
-        if report is not None and not is_disk_full(error):
-            message = f"{message}; {report}"
-        _fail(program, message)
-
-
-def _message(error: Exception) -> str | None:
-    """What an error means in one line; None for one that a user cannot mend."""
-    if isinstance(error, InputError | MisconfigurationException):
-        return str(error)
-    if is_out_of_memory(error):
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        return f"out of memory ({first:.120})" + ("" if report_of(error) else f"; {SMALLER}")
-    if isinstance(error, OSError) and not (error.filename is None and error.errno is None):
-        plain = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
-        return (report_of(error) or plain) if is_disk_full(error) else plain
-    return None
-
-
-def _fail(program: str, message: str) -> NoReturn:
-    if os.environ.get("LIT_TRACEBACK"):
-        traceback.print_exc()
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-__all__ = ["LitCLI", "OneLineParser", "dispatch", "one_line", "print_summary", "run", "typed_options"]
+__all__ = ["LitCLI", "OneLineParser", "print_summary", "run", "typed_options"]

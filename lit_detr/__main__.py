@@ -14,7 +14,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lit_callbacks import PredictionLogger
 
-from lit_cli.cli import LitCLI, dispatch, run
+from lit_cli.cli import LitCLI, run
+from lit_cli.console import dispatch
 from lit_cli.errors import InputError
 from lit_detr.data import DetectionData
 from lit_detr.module import LitDETR

@@ -10,7 +10,8 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before anything import
 
 from lit_callbacks import PredictionLogger
 
-from lit_cli.cli import LitCLI, dispatch, run
+from lit_cli.cli import LitCLI, run
+from lit_cli.console import dispatch
 from lit_dsunet.data import VolumeData
 from lit_dsunet.module import LitDSUNet
 from lit_dsunet.predict import SegmentationWriter

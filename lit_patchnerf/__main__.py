@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from lightning.pytorch.cli import LightningArgumentParser
 from lit_callbacks import PredictionLogger
 
-from lit_cli.cli import LitCLI, dispatch, run
+from lit_cli.cli import LitCLI, run
+from lit_cli.console import dispatch
+from lit_patchnerf.console import command
 from lit_patchnerf.data import PatchVideoData
 from lit_patchnerf.module import LitPatchNeRF
 from lit_patchnerf.predict import FrameWriter
@@ -38,23 +40,5 @@ def main(args: Sequence[str] | None = None) -> VideoCLI:
     return run(LitPatchNeRF, PatchVideoData, "lit_patchnerf", args, VideoCLI)
 
 
-def console() -> None:
-    """Entry point of the console script: the Trainer's subcommands, and those that train nothing."""
-    dispatch("lit_patchnerf", main, _command)
-
-
-def _command(word: str) -> Callable[[list[str]], object] | None:
-    """What a first word stands for, unless it is one of the Trainer's."""
-    if word == "query":
-        from lit_patchnerf.query import query_main
-
-        return query_main
-    if word in ("compress", "decode", "export"):
-        from lit_patchnerf import export
-
-        return {"compress": export.compress_main, "decode": export.decode_main, "export": export.export_main}[word]
-    return None
-
-
 if __name__ == "__main__":
-    console()
+    dispatch("lit_patchnerf", main, command)

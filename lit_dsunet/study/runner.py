@@ -27,7 +27,7 @@ from lit_callbacks import (
     ValidationSchedule,
 )
 
-from lit_cli.cli import QUIET
+from lit_cli.console import QUIET
 from lit_dsunet.files import read_json, write_json
 from lit_dsunet.study.claims import Claim
 from lit_dsunet.study.plan import Run, Study, code_digest, quiet_lightning

@@ -10,8 +10,8 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from lit_patchnerf import __main__ as program
 from lit_patchnerf.__main__ import main
+from lit_patchnerf.console import console
 
 HERE = "tests.patchnerf.test_cli"
 DECODER = "{width: 8, strides: [4, 2], reduction: 1.5, floor: 4, latent_frames: [8], latent_channels: [4], levels: 4}"
@@ -145,7 +145,7 @@ def test_one_line_for_a_checkpoint_of_another_video(inside, capsys):
 def test_commands_that_train_nothing_are_found(monkeypatch, capsys, word):
     monkeypatch.setattr("sys.argv", ["lit-patchnerf", word, "--help"])
     with pytest.raises(SystemExit) as ending:
-        program.console()
+        console()
     assert not ending.value.code
     assert word in capsys.readouterr().out
 

@@ -216,9 +216,11 @@ def test_decoding_imports_nothing_that_trains(tmp_path):
     pack(video("coordinate"), tmp_path / "a.lpn")
     code = (
         "import sys\n"
-        "from lit_patchnerf.export import decode_main\n"
-        "for out in sys.argv[2:]:\n"
-        "    decode_main([sys.argv[1], '--out', out, '--device', 'cpu'])\n"
+        "from lit_patchnerf.console import console\n"
+        "file, *outs = sys.argv[1:]\n"
+        "for out in outs:\n"
+        "    sys.argv[1:] = ['decode', file, '--out', out, '--device', 'cpu']\n"
+        "    console()\n"
         "    found = {'lightning', 'pytorch_lightning', 'torchmetrics', 'jsonargparse', 'timm'} & set(sys.modules)\n"
         "    found |= {f'lit_patchnerf.{m}' for m in ('module', 'data', 'losses')} & set(sys.modules)\n"
         "    assert not found, (out, found)\n"
