@@ -41,7 +41,7 @@ from lit_patchnerf.pictures import comparison
 from lit_patchnerf.samples import FrameBatch, MomentBatch, TrainBatch
 from lit_patchnerf.similarity import centred_cosine, cosine, mean_embedding
 from lit_patchnerf.splits import blend_frames, blend_neighbours, latent_frames, nearest_neighbours
-from lit_patchnerf.steps import OptimizerSteps
+from lit_patchnerf.steps import OptimizerSteps, interrupts_wait
 from lit_patchnerf.trained import Trained
 
 __all__ = ["LitPatchNeRF", "LrRule", "load"]
@@ -362,14 +362,16 @@ class LitPatchNeRF(LightningModule):
         if self._rounds(first) and not self._trained.rounding:
             self._steps.forget()  # from here on the network is another one
         factors = [self._factor(step) for step in range(first, first + count)]
-        terms = self._steps(*self._inputs(batch, first), factors=factors)
+        inputs = self._inputs(batch, first)
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        for _ in range(count):
-            progress.increment_ready()
-            progress.increment_completed()
         scheduler: Any = self.lr_schedulers()
-        scheduler.last_epoch += count - 1
-        scheduler.step()
+        with interrupts_wait(self._captures):  # between a graph, which nothing takes back, and its accounting
+            terms = self._steps(*inputs, factors=factors)
+            for _ in range(count):
+                progress.increment_ready()
+                progress.increment_completed()
+            scheduler.last_epoch += count - 1
+            scheduler.step()
         self._note(terms, batch)
         return {"loss": terms[0].clone(), "pixels": terms[1].clone()}
 

@@ -7,14 +7,18 @@ captured once and replayed, so that a batch costs the host one launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["OptimizerSteps"]
+__all__ = ["OptimizerSteps", "interrupts_wait"]
 
 MOST = 4  # graphs: an epoch has full batches and a last one
 WARMUP = 3  # eager steps before a capture: cuDNN's choices, compilation, the optimizer's state
@@ -25,6 +29,36 @@ class _Graph(NamedTuple):
     inputs: list[Tensor]
     rates: Tensor
     means: Tensor
+
+
+@contextmanager
+def interrupts_wait(wanted: bool = True) -> Iterator[None]:
+    """Let Ctrl-C wait until the end of a block that belongs together.
+
+    Only where it would raise `KeyboardInterrupt`: other handlers of the signal, and other threads, are left alone. A
+    second one does not wait.
+
+    Args:
+        wanted: Whether it does.
+    """
+    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not wanted or not raises or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 class OptimizerSteps:
@@ -61,11 +95,13 @@ class OptimizerSteps:
 
         Returns:
             (T,) means of the terms over the steps, valid until the next call.
+
+        Whatever exception ends eager steps early, weights and optimizer are as before the call.
         """
         rates = [[float(group["initial_lr"]) * f for group in self._optimizer.param_groups] for f in factors]
         shapes = tuple(x.shape for x in inputs)
         if not self._wanted or (shapes not in self._graphs and len(self._graphs) == MOST):
-            return self._run(inputs, rates)
+            return self._all_or_none(inputs, rates)
         if shapes not in self._graphs:
             self._graphs[shapes] = self._capture(inputs, rates)
         graph = self._graphs[shapes]
@@ -84,6 +120,15 @@ class OptimizerSteps:
     def forget(self) -> None:
         """Capture anew at the next call: the terms have become others."""
         self._graphs = {}
+
+    def _all_or_none(self, inputs: Sequence[Tensor], rates: Sequence[Sequence[float]]) -> Tensor:
+        """Eager steps; an exception among them takes all back, since the Trainer counts whole batches."""
+        kept = self._save()
+        try:
+            return self._run(inputs, rates)
+        except BaseException:
+            self._restore(kept)
+            raise
 
     def _run(self, inputs: Sequence[Tensor], rates: Sequence[Sequence[float]] | Tensor) -> Tensor:
         total: Tensor | None = None
@@ -141,7 +186,7 @@ class OptimizerSteps:
         return [p.detach().clone() for p in self._parameters], state
 
     def _restore(self, kept: tuple[list[Tensor], dict[Tensor, dict[str, Tensor]]]) -> None:
-        """As it was before the warm-up, in the same memory; an optimizer without a state gets zeros, its beginning."""
+        """As it was, in the same memory; an optimizer that had no state gets zeros, its beginning."""
         weights, state = kept
         with torch.no_grad():
             for parameter, before in zip(self._parameters, weights, strict=True):

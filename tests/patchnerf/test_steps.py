@@ -2,17 +2,19 @@
 
 import copy
 import math
+import os
+import signal
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lit_callbacks import EMA
+from lit_callbacks import EMA, GracefulStop
 from torch import nn
 
 from lit_cli.errors import InputError
 from lit_common.schedule import warmup_cosine
 from lit_patchnerf.rollback import RollBack
-from lit_patchnerf.steps import OptimizerSteps
+from lit_patchnerf.steps import OptimizerSteps, interrupts_wait
 from tests.patchnerf.tiny import SaveAt, Watch, fit, make_data, make_model, same, weights
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -82,6 +84,72 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path, together, name):
     assert rest[2].losses == whole[2].losses[-len(rest[2].losses) :]
     assert same(weights(whole[0]), weights(rest[0]))
     assert same(states(whole[1]), states(rest[1]))
+
+
+class InterruptAfter(Callback):
+    """Ctrl-C behind an optimizer step, which need not be the last one of its batch."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.seen = step, 0
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.optimizers[0].register_step_post_hook(self.count)
+
+    def count(self, *_):
+        self.seen += 1
+        if self.seen == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def ctrl_c():
+    """As in a shell; jobs in its background ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_interrupt_between_the_steps_of_a_batch(tmp_path, name, ctrl_c):
+    """The checkpoint is that of the last whole batch, and the run goes on from it to the last bit."""
+    options = {"model": {"optimizer": name}}
+    whole = train(tmp_path, 3, **options)
+    stop = GracefulStop(dirpath=tmp_path)
+    with pytest.raises(SystemExit):
+        train(tmp_path, 3, InterruptAfter(8), stop, **options)
+    assert stop.path is not None
+    assert torch.load(stop.path, weights_only=True)["global_step"] == 6
+    rest = train(tmp_path, 3, ckpt_path=stop.path, **options)
+    assert rest[2].steps == [9, 12]
+    assert same(weights(whole[0]), weights(rest[0]))
+    assert same(states(whole[1]), states(rest[1]))
+
+
+def test_an_interrupt_waits_for_the_end_of_a_block(ctrl_c):
+    def block(times, wanted=True, error=None):
+        done = []
+        try:
+            with interrupts_wait(wanted):
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+                    done.append(1)
+                if error is not None:
+                    raise error
+        except (KeyboardInterrupt, ZeroDivisionError) as ending:
+            done.append(type(ending))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        return done
+
+    assert block(1) == [1, KeyboardInterrupt]
+    assert block(2) == [1, KeyboardInterrupt], "the second one does not wait"
+    assert block(1, wanted=False) == [KeyboardInterrupt]
+    assert block(1, error=ZeroDivisionError()) == [1, ZeroDivisionError]
+    assert block(0) == []
+    noted = []
+    signal.signal(signal.SIGINT, lambda *_: noted.append(1))
+    with interrupts_wait():
+        signal.raise_signal(signal.SIGINT)
+        assert noted == [1], "another handler is left alone"
 
 
 def test_another_number_of_steps_in_the_middle_of_an_epoch_is_refused(tmp_path):
