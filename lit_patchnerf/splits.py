@@ -110,7 +110,7 @@ def split_frames(count: int, text: str, shuffle_seed: int | None = None) -> Fram
     val = sorted(frame for i, frame in enumerate(order) if i % c >= b)
     if not val:
         rank_zero_warn(
-            f"data.data_split: {text} holds out none of {count} frames, so there is no validation figure; the second "
+            f"data.data_split: {text} holds out none of {count} frames, so no figure is of held-out frames; the second "
             "number counts trained and unused frames together, and 9_9_10 holds out one of ten",
             category=UserWarning,
         )

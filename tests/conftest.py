@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from tests.helpers import profiles
+
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before anything imports albumentations
 
 
@@ -18,3 +20,17 @@ def _one_thread_and_no_user_cache(tmp_path_factory):
         torch.set_num_threads(1)
         yield
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def torch_settings():
+    """Global settings of torch, which profiles change, as they were."""
+    with profiles.torch_settings_restored():
+        yield
+
+
+@pytest.fixture(scope="module")
+def profile_benchmark():
+    """`benchmarks/profiles.py`."""
+    with profiles.benchmark_of_profiles() as module:
+        yield module

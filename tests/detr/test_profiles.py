@@ -12,7 +12,6 @@ from lit_detr.data import DetectionData
 from lit_detr.module import LitDETR
 from tests.helpers.profiles import (
     ROOT,
-    benchmark_of_profiles,
     changed_lines,
     check_header,
     commands,
@@ -21,7 +20,6 @@ from tests.helpers.profiles import (
     flat,
     header,
     printed,
-    torch_settings_restored,
 )
 
 FOLDER = ROOT / "configs" / "detr"
@@ -90,6 +88,7 @@ SMALL = shlex.split(
     "--model.queries 20 --model.eval_queries 20 --model.noise_queries 10 --plots.num_first 0 --plots.worst_k 0"
 )
 
+pytestmark = pytest.mark.usefixtures("torch_settings")
 each = pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 
 
@@ -105,18 +104,6 @@ def profile(name):
 def parser():
     """The real command line's parser; making one takes longer than using it."""
     return build("--config", PROFILES[0], "--trainer.accelerator", "cpu").parser
-
-
-@pytest.fixture(autouse=True)
-def _restored():
-    with torch_settings_restored():
-        yield
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    with benchmark_of_profiles() as module:
-        yield module
 
 
 def test_every_promised_profile_exists():
@@ -158,9 +145,9 @@ def test_callbacks(path):
 
 
 @each
-def test_header(path, benchmark):
+def test_header(path, profile_benchmark):
     check_header(path)
-    assert benchmark.card_gb(path) == CARDS[path.stem]
+    assert profile_benchmark.card_gb(path) == CARDS[path.stem]
 
 
 @each
@@ -226,19 +213,19 @@ def test_older_cards_keep_the_recipe(name):
     )
 
 
-def test_benchmark_rewrites_the_measured_lines_only(tmp_path, benchmark):
+def test_benchmark_rewrites_the_measured_lines_only(tmp_path, profile_benchmark):
     folder = tmp_path / "detr"
     shutil.copytree(FOLDER, folder)
-    results = benchmark.Results(tmp_path / "results.json")
+    results = profile_benchmark.Results(tmp_path / "results.json")
     common = {"fits": True, "reserved_gb": 13.21, "allocated_gb": 12.0, "limit_gb": 23.5, "data": "synthetic"}
     results.add({"name": "detr/rtxa5000"}, {**common, "samples_s": 100.0, "boxes": 20})
     results.add({"name": "detr/rtxa5000 500 boxes"}, {**common, "allocated_gb": 13.1, "samples_s": 80, "boxes": 500})
     results.add({"name": "detr/gpu_8gb"}, {**common, "samples_s": 50.0, "boxes": 20, "limit_gb": 7.5})
     results.add({"name": "detr/gpu_8gb 500 boxes"}, {"fits": False, "boxes": 500})
     results.add({"name": "detr/gpu_12gb"}, {**common, "fits": False})
-    task = benchmark.TASKS["detr"]
-    assert benchmark.write_headers(results, folder, task) == 3
-    assert benchmark.write_headers(results, folder, task) == 0
+    task = profile_benchmark.TASKS["detr"]
+    assert profile_benchmark.write_headers(results, folder, task) == 3
+    assert profile_benchmark.write_headers(results, folder, task) == 0
     for path in PROFILES:
         written = path.stem in ("rtxa5000", "gpu_8gb", "gpu_12gb")
         assert changed_lines(path, folder / path.name) == ([2, 3] if written else [])
@@ -254,11 +241,11 @@ def test_benchmark_rewrites_the_measured_lines_only(tmp_path, benchmark):
     assert "# measured: does not fit" in (folder / "gpu_12gb.yaml").read_text()
 
 
-def test_benchmark_measures_a_profile(tmp_path, benchmark, capsys):
+def test_benchmark_measures_a_profile(tmp_path, profile_benchmark, capsys):
     out = tmp_path / "results.json"
     names = ["detr/gpu_8gb", "detr/rtxa5000 500 boxes"]  # images on the device, and those of loader workers
-    benchmark.main(["--tiny", *(word for name in names for word in ("--only", name)), "--out", str(out)])
-    results = benchmark.Results(out)
+    profile_benchmark.main(["--tiny", *(word for name in names for word in ("--only", name)), "--out", str(out)])
+    results = profile_benchmark.Results(out)
     for name in names:
         row = results.get(name=name)
         assert (row["frame"], row["batch"], row["images"], row["boxes"], row["fits"]) == ("64x64", 2, 4, 8, True)
@@ -266,8 +253,8 @@ def test_benchmark_measures_a_profile(tmp_path, benchmark, capsys):
         assert name in capsys.readouterr().out or name == names[1]
 
 
-def test_benchmark_knows_every_case(benchmark, parser):
-    cases = benchmark.cases(benchmark.TASKS["detr"], [])
+def test_benchmark_knows_every_case(profile_benchmark, parser):
+    cases = profile_benchmark.cases(profile_benchmark.TASKS["detr"], [])
     names = [case.name for case in cases]
     assert names[0] == "detr/rtxa5000"
     assert len(names) == len(set(names))
@@ -279,7 +266,7 @@ def test_benchmark_knows_every_case(benchmark, parser):
     parser.parse_args(["fit", "--config", str(PROFILES[0]), *(word for case in cases for word in case.extra)])
 
 
-def test_drawn_frames_have_the_boxes_asked_for(benchmark):
+def test_drawn_frames_have_the_boxes_asked_for(profile_benchmark):
     import profile_tasks
 
     data = DetectionData(format="synthetic", image_size=[64, 96], batch_size=3, store="ram")

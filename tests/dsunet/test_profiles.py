@@ -15,7 +15,6 @@ from lit_dsunet.module import LitDSUNet
 from lit_dsunet.planner import fingerprint, make_plan
 from tests.helpers.profiles import (
     ROOT,
-    benchmark_of_profiles,
     changed_lines,
     check_header,
     commands,
@@ -23,7 +22,6 @@ from tests.helpers.profiles import (
     differences,
     flat,
     printed,
-    torch_settings_restored,
 )
 
 FOLDER = ROOT / "configs" / "dsunet"
@@ -72,6 +70,7 @@ SMALL = shlex.split(
 )
 TINY = shlex.split("--model.strides [1,2,2] --model.features [4,4,8] --model.deep_supervision 1")
 
+pytestmark = pytest.mark.usefixtures("torch_settings")
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 each_profile = pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 
@@ -88,18 +87,6 @@ def parser():
 
 def profile(name):
     return next(path for path in PROFILES if path.stem == name)
-
-
-@pytest.fixture(autouse=True)
-def _restored():
-    with torch_settings_restored():
-        yield
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    with benchmark_of_profiles() as module:
-        yield module
 
 
 def test_every_promised_profile_exists():
@@ -156,9 +143,9 @@ def test_callbacks(path):
 
 
 @each_profile
-def test_header(path, benchmark):
+def test_header(path, profile_benchmark):
     check_header(path)
-    assert benchmark.card_gb(path) == CARDS.get(path.stem, 141 if path.stem == "h200" else 24)
+    assert profile_benchmark.card_gb(path) == CARDS.get(path.stem, 141 if path.stem == "h200" else 24)
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -325,16 +312,16 @@ def test_nothing_held_out_in_a_dry_run(tmp_path, recwarn):
     assert not any(key.startswith("val/") for key in cli.trainer.callback_metrics)
 
 
-def test_benchmark_rewrites_the_measured_lines_only(tmp_path, benchmark):
+def test_benchmark_rewrites_the_measured_lines_only(tmp_path, profile_benchmark):
     folder = tmp_path / "dsunet"
     shutil.copytree(FOLDER, folder)
-    results = benchmark.Results(tmp_path / "results.json")
+    results = profile_benchmark.Results(tmp_path / "results.json")
     common = {"fits": True, "reserved_gb": 3.21, "allocated_gb": 2.9, "limit_gb": 23.5, "data": "synthetic"}
     results.add({"name": "dsunet/guide_baseline"}, {**common, "samples_s": 50.0, "voxels": 96**3})
     results.add({"name": "dsunet/gpu_8gb"}, {**common, "samples_s": 100.0, "voxels": 96**3 // 2, "limit_gb": 7.5})
     results.add({"name": "dsunet/gpu_12gb"}, {**common, "fits": False})
-    assert benchmark.write_headers(results, folder, benchmark.TASKS["dsunet"]) == 3
-    assert benchmark.write_headers(results, folder, benchmark.TASKS["dsunet"]) == 0
+    assert profile_benchmark.write_headers(results, folder, profile_benchmark.TASKS["dsunet"]) == 3
+    assert profile_benchmark.write_headers(results, folder, profile_benchmark.TASKS["dsunet"]) == 0
     for path in ALL:
         written = path.stem in ("guide_baseline", "gpu_8gb", "gpu_12gb")
         assert changed_lines(path, folder / path.name) == ([2, 3] if written else [])
@@ -345,15 +332,15 @@ def test_benchmark_rewrites_the_measured_lines_only(tmp_path, benchmark):
     assert "# measured: does not fit" in (folder / "gpu_12gb.yaml").read_text()
 
 
-def test_benchmark_measures_a_profile(tmp_path, benchmark, capsys):
+def test_benchmark_measures_a_profile(tmp_path, profile_benchmark, capsys):
     out = tmp_path / "results.json"
-    benchmark.main(["--tiny", "--only", "dsunet/h200", "--out", str(out)])
-    row = benchmark.Results(out).get(name="dsunet/h200")
+    profile_benchmark.main(["--tiny", "--only", "dsunet/h200", "--out", str(out)])
+    row = profile_benchmark.Results(out).get(name="dsunet/h200")
     assert (row["frame"], row["batch"], row["voxels"], row["fits"]) == ("32x32x32", 2, 32**3, True)
     assert row["samples_s"] > 0
     assert "dsunet/h200" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        benchmark.main(["--task", "landmarks", "--only", "dsunet/h200"])
-    names = [case.name for case in benchmark.cases(benchmark.TASKS["dsunet"], [])]
+        profile_benchmark.main(["--task", "landmarks", "--only", "dsunet/h200"])
+    names = [case.name for case in profile_benchmark.cases(profile_benchmark.TASKS["dsunet"], [])]
     assert names[0] == "dsunet/guide_baseline"
     assert {f"dsunet/{path.stem}" for path in PROFILES} < set(names)

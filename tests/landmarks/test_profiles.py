@@ -14,14 +14,12 @@ from lit_landmarks.data import LandmarkData
 from lit_landmarks.module import LitLandmarks
 from tests.helpers.profiles import (
     ROOT,
-    benchmark_of_profiles,
     changed_lines,
     check_header,
     commands,
     content,
     differences,
     printed,
-    torch_settings_restored,
 )
 
 ALL = sorted((ROOT / "configs" / "landmarks").glob("*.yaml"))
@@ -68,6 +66,7 @@ SMALL = shlex.split(
     "--data.synthetic_train 8 --data.synthetic_test 1 --data.image_size 64 --data.batch_size 2 --data.num_workers 0"
 )
 
+pytestmark = pytest.mark.usefixtures("torch_settings")
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 each_profile = pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 
@@ -80,18 +79,6 @@ def build(*args):
 def parser():
     """The real command line's parser; making one takes longer than using it."""
     return build("--config", ALL[0]).parser
-
-
-@pytest.fixture(autouse=True)
-def _restored():
-    with torch_settings_restored():
-        yield
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    with benchmark_of_profiles() as module:
-        yield module
 
 
 def test_every_promised_profile_exists():
@@ -157,9 +144,9 @@ def test_backbone_and_decoder_exist(path):
 
 
 @each_profile
-def test_header(path, benchmark):
+def test_header(path, profile_benchmark):
     check_header(path)
-    assert benchmark.card_gb(path) in (4, 6, 8, 24, 40, 141)
+    assert profile_benchmark.card_gb(path) in (4, 6, 8, 24, 40, 141)
 
 
 @each_profile
@@ -193,19 +180,19 @@ def test_two_stages_work_as_their_headers_say(tmp_path, monkeypatch):
     assert cli.trainer.optimizers[0].defaults["lr"] == pytest.approx(5e-4)
 
 
-def test_benchmark_rewrites_the_measured_lines_only(tmp_path, benchmark):
+def test_benchmark_rewrites_the_measured_lines_only(tmp_path, profile_benchmark):
     folder = tmp_path / "landmarks"
     shutil.copytree(ALL[0].parent, folder)
-    results = benchmark.Results(tmp_path / "results.json")
+    results = profile_benchmark.Results(tmp_path / "results.json")
     common = {"fits": True, "reserved_gb": 3.21, "allocated_gb": 2.9, "limit_gb": 7.5, "data": "synthetic"}
     results.add({"name": "rtx3070ti_balanced"}, {**common, "samples_s": 50.0})
     results.add({"name": "rtx3070ti_fast"}, {**common, "samples_s": 100.0})
     results.add({"name": "rtx3070ti_good"}, {**common, "fits": False})
     results.add({"name": "rtx3070ti_best"}, {"error": "broken"})
-    again = benchmark.Results(results.path)
+    again = profile_benchmark.Results(results.path)
     assert again.get(name="rtx3070ti_best") is None
-    assert benchmark.write_headers(again, folder) == 3
-    assert benchmark.write_headers(again, folder) == 0
+    assert profile_benchmark.write_headers(again, folder) == 3
+    assert profile_benchmark.write_headers(again, folder) == 0
     for path in ALL:
         written = path.stem in ("rtx3070ti_balanced", "rtx3070ti_fast", "rtx3070ti_good")
         assert changed_lines(path, folder / path.name) == ([2, 3] if written else [])
