@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
 from lit_callbacks import EMA, MemoryAndThroughput, OOMGuard
 
 from lit_detr.__main__ import DetectionCLI, main
@@ -13,13 +13,14 @@ from lit_detr.module import LitDETR
 from tests.helpers.profiles import (
     ROOT,
     changed_lines,
+    check_best_and_last,
     check_header,
+    check_prints_itself,
     commands,
     content,
     differences,
     flat,
     header,
-    printed,
 )
 
 FOLDER = ROOT / "configs" / "detr"
@@ -112,10 +113,7 @@ def test_every_promised_profile_exists():
 
 @each
 def test_prints_itself(path, parser, tmp_path, capsys):
-    first = printed(path, parser, capsys)
-    copy = tmp_path / "printed.yaml"
-    copy.write_text(first)
-    assert printed(copy, parser, capsys) == first
+    check_prints_itself(path, parser, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("name", ["rtxa5000", "rtxa5000_fast", "gpu_8gb", "h200"])  # the others differ in numbers alone
@@ -133,15 +131,10 @@ def test_trains(name, tmp_path):
 
 @each
 def test_callbacks(path):
-    callbacks = content(path)["trainer"]["callbacks"]
-    names = [c["class_path"].rpartition(".")[2] for c in callbacks]
-    expected = [ModelCheckpoint, ModelCheckpoint, LearningRateMonitor, MemoryAndThroughput]
+    expected = [LearningRateMonitor, MemoryAndThroughput]
     if path.stem in GUIDE:
         expected += [OOMGuard, TQDMProgressBar]
-    assert names == [c.__name__ for c in expected]
-    best, last, *_ = (c.get("init_args", {}) for c in callbacks)
-    assert best == {"monitor": "val/ap", "mode": "max"}
-    assert last == {"filename": "last", "enable_version_counter": False, "save_on_exception": True}
+    assert check_best_and_last(path, "val/ap") == [c.__name__ for c in expected]
 
 
 @each

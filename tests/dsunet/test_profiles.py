@@ -17,11 +17,11 @@ from tests.helpers.profiles import (
     ROOT,
     changed_lines,
     check_header,
+    check_prints_itself,
     commands,
     content,
     differences,
     flat,
-    printed,
 )
 
 FOLDER = ROOT / "configs" / "dsunet"
@@ -95,10 +95,7 @@ def test_every_promised_profile_exists():
 
 @each
 def test_prints_itself_and_builds(path, parser, tmp_path, capsys):
-    first = printed(path, parser, capsys)
-    copy = tmp_path / "printed.yaml"
-    copy.write_text(first)
-    assert printed(copy, parser, capsys) == first
+    copy = check_prints_itself(path, parser, tmp_path, capsys)
 
     cli = build("--config", copy, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
     want = content(path)

@@ -62,6 +62,23 @@ def printed(path, parser, capsys):
     return capsys.readouterr().out
 
 
+def check_prints_itself(path, parser, folder, capsys):
+    """What `--print_config` shows is a configuration that shows the same; it is returned as a file."""
+    copy = folder / "printed.yaml"
+    copy.write_text(printed(path, parser, capsys))
+    assert printed(copy, parser, capsys) == copy.read_text()
+    return copy
+
+
+def check_best_and_last(path, monitor):
+    """A checkpoint for the best and one to resume from; the other callbacks' names."""
+    best, last, *others = content(path)["trainer"]["callbacks"]
+    assert best == {"class_path": "ModelCheckpoint", "init_args": {"monitor": monitor, "mode": "max"}}
+    options = {"filename": "last", "enable_version_counter": False, "save_on_exception": True}
+    assert last == {"class_path": "ModelCheckpoint", "init_args": options}
+    return [c["class_path"].rpartition(".")[2] for c in others]
+
+
 def changed_lines(old, new):
     """Numbers of the lines in which two files of equal length differ, from 0."""
     pairs = zip(old.read_text().splitlines(), new.read_text().splitlines(), strict=True)

@@ -16,10 +16,10 @@ from tests.helpers.profiles import (
     ROOT,
     changed_lines,
     check_header,
+    check_prints_itself,
     commands,
     content,
     differences,
-    printed,
 )
 
 ALL = sorted((ROOT / "configs" / "landmarks").glob("*.yaml"))
@@ -87,10 +87,7 @@ def test_every_promised_profile_exists():
 
 @each
 def test_prints_itself_and_builds(path, parser, tmp_path, capsys):
-    first = printed(path, parser, capsys)
-    copy = tmp_path / "printed.yaml"
-    copy.write_text(first)
-    assert printed(copy, parser, capsys) == first
+    copy = check_prints_itself(path, parser, tmp_path, capsys)
 
     # The names in the file are checked below; a network is only built when a fit begins.
     cli = build("--config", copy, "--model.pretrained", "false", "--trainer.accelerator", "cpu")

@@ -4,14 +4,23 @@ import shlex
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lit_callbacks import MemoryAndThroughput
 
 from lit_patchnerf.__main__ import VideoCLI, main
 from lit_patchnerf.data import PatchVideoData
 from lit_patchnerf.models import COORDINATE_PRESETS, count_params, decoder_config
 from lit_patchnerf.module import LitPatchNeRF
-from tests.helpers.profiles import ROOT, commands, content, differences, flat, header, printed
+from tests.helpers.profiles import (
+    ROOT,
+    check_best_and_last,
+    check_prints_itself,
+    commands,
+    content,
+    differences,
+    flat,
+    header,
+)
 
 FOLDER = ROOT / "configs" / "patchnerf"
 # fc_dim, batch, epochs between evaluations
@@ -56,10 +65,7 @@ def test_every_promised_profile_exists():
 
 @each
 def test_prints_itself(path, parser, tmp_path, capsys):
-    first = printed(path, parser, capsys)
-    copy = tmp_path / "printed.yaml"
-    copy.write_text(first)
-    assert printed(copy, parser, capsys) == first
+    check_prints_itself(path, parser, tmp_path, capsys)
 
 
 @pytest.mark.filterwarnings("ignore:data.data_split. 1_1_1 holds out none")  # a reconstruction is of all frames
@@ -83,13 +89,8 @@ def test_trains(name, tmp_path):
 
 @each
 def test_callbacks(path):
-    callbacks = content(path)["trainer"]["callbacks"]
-    names = [c["class_path"].rpartition(".")[2] for c in callbacks]
-    expected = [ModelCheckpoint, ModelCheckpoint, LearningRateMonitor, MemoryAndThroughput]
-    assert names == [c.__name__ for c in expected]
-    best, last, *_ = (c.get("init_args", {}) for c in callbacks)
-    assert best == {"monitor": "val/psnr_db", "mode": "max"}
-    assert last == {"filename": "last", "enable_version_counter": False, "save_on_exception": True}
+    expected = [LearningRateMonitor, MemoryAndThroughput]
+    assert check_best_and_last(path, "val/psnr_db") == [c.__name__ for c in expected]
 
 
 @each
