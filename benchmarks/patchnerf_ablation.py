@@ -64,6 +64,8 @@ SETTINGS: dict[str, list[str]] = {
         f"muon, spectral {rate}": _optimizer("muon", 2e-3, muon_lr=rate, muon_scale="spectral")
         for rate in (0.005, 0.01, 0.02, 0.03)
     },
+    **{f"momentum {m}": ["--model.optimizer_options.momentum", str(m)] for m in (0.95, 0.98, 0.99, 0.995)},
+    "Newton-Schulz steps: 3": ["--model.optimizer_options.ns_steps", "3"],
     "muon, phases apart": ["--model.optimizer_options.phases", "true"],
     **{f"loss {name}": ["--model.loss", name] for name in ("l2", "l1", "fusion6", "fusion10_freq")},
     "coordinate mode": [
@@ -83,6 +85,9 @@ SETTINGS: dict[str, list[str]] = {
     "channels as they come": ["--model.decoder.multiple", "1", "--model.decoder.reduction", "1.2"],
     "kernels up to 3": ["--model.decoder.kernels", "[1,3]"],
     "reduction 1.4": ["--model.decoder.reduction", "1.4"],
+    "no atlas": ["--model.decoder.atlas_stages", "[]"],
+    **{f"atlas behind stage {n}": ["--model.decoder.atlas_stages", f"[{n}]"] for n in (3, 4)},
+    "atlas, still camera": ["--model.decoder.atlas_stages", "[4]", "--model.decoder.camera_frames", "0"],
     "latents of one resolution": _latents("[132]", "[32]"),
     "latents of two resolutions": _latents("[132,33]", "[16,16]"),
     "bf16": ["--trainer.precision", "bf16-mixed"],

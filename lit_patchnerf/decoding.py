@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lit_cli.errors import InputError
-from lit_patchnerf.models.blocks import Decoded, activate
+from lit_patchnerf.models.blocks import Decoded
 from lit_patchnerf.models.coordinate import CoordinateDecoder
 from lit_patchnerf.models.grid import GridDecoder
 from lit_patchnerf.patches import Geometry, assemble_frames
@@ -295,24 +294,10 @@ def embed_moments(net: Decoder, times: Tensor, geometry: Geometry, *, patches_pe
     times = _on_device(net, times)
     if isinstance(net, GridDecoder):
         parts = times.split(_frames_per_call(geometry, patches_per_call))
-        return torch.cat([_grid_embeddings(net, part) for part in parts])
+        return torch.cat([found for part in parts if (found := net.embed(part)) is not None])
     cells = cell_coordinates(times, geometry, slice(None), slice(None))
     found = [net.embed(part) for part in _coordinates(*cells, geometry).split(max(1, patches_per_call))]
     return torch.cat(found).unflatten(0, (len(times), *geometry.grid))
-
-
-def _grid_embeddings(net: GridDecoder, times: Tensor) -> Tensor:
-    """The embeddings of `GridDecoder.forward` without the stages behind their head."""
-    assert net.clip is not None
-    x = activate(net.stem(torch.cat([grid(times) for grid in net.latents], dim=1)), net.activation)
-    vector = None
-    if net.encoding is not None and net.time is not None:
-        vector = F.gelu(net.time(net.encoding(times[:, None])))
-    for stage in net.stages[: net.clip_stage]:
-        x, _ = stage(x, vector)
-    (rows, cols), (height, width) = net.grid, x.shape[2:]
-    cells = x.unflatten(3, (cols, width // cols)).unflatten(2, (rows, height // rows)).permute(0, 2, 4, 1, 3, 5)
-    return net.clip(cells.flatten(0, 2)).unflatten(0, (len(times), rows, cols))
 
 
 def _coordinates(t: Tensor, r: Tensor, c: Tensor, geometry: Geometry) -> Tensor:

@@ -25,7 +25,7 @@ BETAS: dict[str, tuple[float, ...]] = {
     "muon": (0.9, 0.95),
 }
 # Layers behind an encoding or learned latents, those latents, what modulates, and the heads.
-ADAMW_PARTS = ("hidden", "stem", "time", "latents", "film", "rgb", "clip")
+ADAMW_PARTS = ("hidden", "stem", "time", "latents", "film", "atlases", "rgb", "clip")
 # Muon's rate where none is given, in units of `lr`. Its `rms` scale was made for AdamW's own rate.
 MUON_RATES: dict[str, float] = {"rms": 1.0, "spectral": 20.0}
 
@@ -280,7 +280,7 @@ def make_optimizer(
                 )
         groups.append({"params": [p for _, p in inside], "name": "muon", "muon": True, "lr": rate, "phases": splits})
     kind = "adamw" if name == "muon" else name
-    decays = [bool(weight_decay) and p.ndim > 1 and "latents" not in key.split(".") for key, p in rest]
+    decays = [bool(weight_decay) and p.ndim > 1 and not {"latents", "values"} & set(key.split(".")) for key, p in rest]
     pairs = list(zip(rest, decays, strict=True))
     groups.append({"params": [p for (_, p), d in pairs if d], "name": f"{kind}_decayed", "lr": lr})
     groups.append({"params": [p for (_, p), d in pairs if not d], "name": kind, "lr": lr, "weight_decay": 0.0})

@@ -38,7 +38,7 @@ from lit_patchnerf.patches import Geometry
 
 __all__ = ["NeuralVideo", "compress_main", "decode_main", "neural_video", "pack", "plain_config", "unpack"]
 
-PARTS = {"latents*": "latents", "clip.*": "clip"}  # the rest is weights
+PARTS = {"latents*": "latents", "atlases.*": "atlases", "camera.*": "atlases", "clip.*": "clip"}  # the rest is weights
 BITS = 8
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4"}
 

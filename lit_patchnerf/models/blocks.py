@@ -8,7 +8,7 @@ convolution, which then takes no padding and uses up some of the halo. The numbe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
@@ -293,7 +293,12 @@ class UpStage(nn.Module):
         return rows, columns
 
     def forward(
-        self, x: Tensor, vector: Tensor | None = None, window: Window | None = None, spare: Pair = (0, 0)
+        self,
+        x: Tensor,
+        vector: Tensor | None = None,
+        window: Window | None = None,
+        spare: Pair = (0, 0),
+        add: Callable[[Tensor, Window | None], Tensor] | None = None,
     ) -> tuple[Tensor, Window | None]:
         """(N, C, H, W) to (N, C', H * rows, W * columns) and its window.
 
@@ -302,11 +307,14 @@ class UpStage(nn.Module):
             vector: (N, size) for FiLM.
             window: Where the map lies, None if it is whole.
             spare: Rows and columns to cut off each side after the shuffle, because nothing behind needs them.
+            add: From the map behind the shuffle and its window to what is added to it.
         """
         x = pixel_shuffle(self.conv(x, window), *self.stride)
         if window is not None:
             window = window.trimmed(self.margin, self.margin).enlarged(*self.stride).trimmed(*spare)
             x = trim(x, *spare)
+        if add is not None:
+            x = x + add(x, window)
         if self.film is not None and vector is not None:
             x = self.film(x, vector)
         x = activate(x, self.activation)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from lit_cli.errors import InputError
+from lit_patchnerf.models.atlas import atlas_size
 from lit_patchnerf.models.blocks import Block, Pool, nth
 from lit_patchnerf.models.coordinate import CoordinateConfig
 from lit_patchnerf.models.grid import GridConfig
@@ -74,6 +75,8 @@ def grid_params(config: GridConfig) -> int:
 
         latents + (v + 1) v + (d + 1) c_0 + sum_i [c_(i-1) c_i s_i k_i^2 + c_i s_i + 2 (v + 1) c_i + blocks] + head
 
+    An atlas of a numbers per place adds a c_i and its places, a camera three for each of its points.
+
     HNeRV's decoder of 1,488,276 parameters and its 16,896 latents:
 
     >>> grid_params(GridConfig(width=68, latent_frames=(132,), latent_channels=(16,), levels=0))
@@ -86,6 +89,10 @@ def grid_params(config: GridConfig) -> int:
         total += _stage(widths[i], widths[i + 1], nth(config.kernels, i), stride)
         total += nth(config.blocks, i) * _block(widths[i + 1], config.block)
         total += 2 * (vector + 1) * widths[i + 1] if vector else 0
+    for i, stage in enumerate(config.atlas_stages):
+        places = math.prod(atlas_size(config.map_size(stage), config.atlas_margin))
+        total += nth(config.atlas_channels, i) * (places + widths[stage])
+    total += 3 * config.camera_frames if config.atlas_stages else 0
     return total + _heads(widths, config.clip_dim, config.clip_stage, config.clip_pool)
 
 

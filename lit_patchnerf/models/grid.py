@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations_with_replacement
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_cli.errors import InputError
+from lit_patchnerf.models.atlas import Atlas, CameraPath
 from lit_patchnerf.models.blocks import (
     Activation,
     Block,
@@ -97,6 +100,14 @@ class GridConfig:
     """points in time of each resolution of the latents"""
     latent_channels: tuple[int, ...] = (16, 16)
     """numbers per cell of each resolution"""
+    atlas_stages: tuple[int, ...] = ()
+    """stages whose map, before the activation, an atlas is added to, from 1; empty for no atlas"""
+    atlas_channels: tuple[int, ...] = (1,)
+    """numbers per place of each atlas"""
+    atlas_margin: float = 0.15
+    """how much higher and wider than a frame an atlas is"""
+    camera_frames: int = 33
+    """points in time of the camera's path over the atlases; 0 for a still camera"""
     base: float = 1.25
     """of the positional encoding of t"""
     levels: int = 16
@@ -125,11 +136,22 @@ class GridConfig:
                 "model.decoder.latent_frames: expected positive numbers, as many as latent_channels, "
                 f"got {frames} and {channels}"
             )
+        if not 0 <= self.atlas_margin <= 1:
+            raise InputError(f"model.decoder.atlas_margin: expected a share from 0 to 1, got {self.atlas_margin}")
+        if self.camera_frames < 0 or self.camera_frames == 1:
+            raise InputError(f"model.decoder.camera_frames: expected 0, or 2 and more, got {self.camera_frames}")
+        if not self.atlas_channels or min(self.atlas_channels) < 1:
+            raise InputError(f"model.decoder.atlas_channels: expected positive numbers, got {self.atlas_channels}")
         if min(self.grid) < 1 or any(f < 1 or f % g for f, g in zip(self.frame, self.grid, strict=True)):
             raise InputError(f"data.grid: expected to divide the frame {self.frame}, got {self.grid}")
         product = tuple(math.prod(axis) for axis in zip(*self.all_strides, strict=True))
         if min(product) < 1 or any(p % s for p, s in zip(self.patch, product, strict=True)):
             raise InputError(f"model.decoder.strides: expected to divide the patch {self.patch}, got {product} in all")
+        stages = len(self.all_strides)
+        if len(set(self.atlas_stages)) < len(self.atlas_stages) or not {*self.atlas_stages} <= {*range(1, stages + 1)}:
+            raise InputError(
+                f"model.decoder.atlas_stages: expected different stages from 1 to {stages}, got {self.atlas_stages}"
+            )
         if self.clip_dim is not None:
             check_clip(self.clip_dim, self.clip_stage, len(self.all_strides))
 
@@ -155,6 +177,14 @@ class GridConfig:
     def latent_grid(self) -> Pair:
         """Rows and columns of latent cells of a frame."""
         return self.cells[0] * self.grid[0], self.cells[1] * self.grid[1]
+
+    def map_size(self, stage: int) -> Pair:
+        """Rows and columns of a frame's map behind a stage, from 1."""
+        rows, columns = (
+            n * math.prod(axis[:stage])
+            for n, axis in zip(self.latent_grid, zip(*self.all_strides, strict=True), strict=True)
+        )
+        return rows, columns
 
     @property
     def widths(self) -> list[int]:
@@ -197,6 +227,8 @@ class TemporalGrid(nn.Module):
 
 class GridDecoder(nn.Module):
     """Latents of a moment, a 1x1 convolution, up-sampling stages modulated by t, a head for colours.
+
+    Atlases hold what a camera moves over; where it looks is learned with them.
 
     Convolutions pad with zeros at the border of the frame and nowhere else: a patch is decoded from its own latents and
     a halo of its neighbours', cut after each stage to what the rest can still see, and equals the crop of the frame.
@@ -247,6 +279,11 @@ class GridDecoder(nn.Module):
             )
             for i, stride in enumerate(config.all_strides)
         )
+        self.atlases = nn.ModuleDict()  # by the number of their stage
+        for i, stage in enumerate(config.atlas_stages):
+            size, numbers = config.map_size(stage), nth(config.atlas_channels, i)
+            self.atlases[str(stage)] = Atlas(numbers, widths[stage], size, config.atlas_margin)
+        self.camera = CameraPath(config.camera_frames) if config.atlas_stages and config.camera_frames else None
         self.rgb = RgbHead(widths[-1])
         self.clip_stage = config.clip_stage
         width = widths[config.clip_stage]
@@ -271,17 +308,19 @@ class GridDecoder(nn.Module):
 
     def forward(self, t: Tensor) -> Decoded:
         """(N,) from 0 to 1 to whole frames (N, 3, H, W) and the embeddings of their patches (N, rows, cols, D)."""
-        x = activate(self.stem(self._latents(t)), self.activation)
-        vector, clip = self._vector(t), None
-        for number, stage in enumerate(self.stages, start=1):
-            x, _ = stage(x, vector)
-            if self.clip is not None and number == self.clip_stage:
-                n, channels, height, width = x.shape
-                rows, columns = self.grid
-                patches = x.reshape(n, channels, rows, height // rows, columns, width // columns)
-                patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-                clip = self.clip(patches).view(n, rows, columns, -1)
+        x, moment, clip = self._first(self._latents(t)), self._moment(t), None
+        for number in range(1, len(self.stages) + 1):
+            x, _ = self._advance(number, x, moment)
+            if number == self.clip_stage:
+                clip = self._embeddings(x)
         return Decoded(self.rgb(x), clip)
+
+    def embed(self, t: Tensor) -> Tensor | None:
+        """The embeddings of `forward` without the stages behind their head; None without one."""
+        x, moment = self._first(self._latents(t)), self._moment(t)
+        for number in range(1, self.clip_stage + 1):
+            x, _ = self._advance(number, x, moment)
+        return self._embeddings(x)
 
     def forward_patch(self, t: Tensor, row: Tensor | int, column: Tensor | int) -> Decoded:
         """Patches alone: colours (N, 3, h, w), equal to the crops of their frames, and embeddings (N, D).
@@ -296,12 +335,10 @@ class GridDecoder(nn.Module):
         left = torch.as_tensor(column, device=t.device).expand(len(t)) * cell_columns - halo_columns
         rows = top[:, None] + torch.arange(cell_rows + 2 * halo_rows, device=t.device)
         columns = left[:, None] + torch.arange(cell_columns + 2 * halo_columns, device=t.device)
-        x = _select(self._latents(t), rows, columns)
-        x = activate(self.stem(x), self.activation)
-        window = Window(top, left, *self.latent_grid)
-        vector, clip = self._vector(t), None
-        for number, (stage, spare) in enumerate(zip(self.stages, self.spares, strict=True), start=1):
-            x, window = stage(x, vector, window, spare)
+        x, moment, clip = self._first(_select(self._latents(t), rows, columns)), self._moment(t), None
+        window: Window | None = Window(top, left, *self.latent_grid)
+        for number in range(1, len(self.stages) + 1):
+            x, window = self._advance(number, x, moment, window)
             if self.clip is not None and number == self.clip_stage:
                 clip = self.clip(trim(x, *self.halos[number]))
         return Decoded(self.rgb(x, window), clip)
@@ -309,10 +346,40 @@ class GridDecoder(nn.Module):
     def _latents(self, t: Tensor) -> Tensor:
         return torch.cat([grid(t) for grid in self.latents], dim=1)
 
-    def _vector(self, t: Tensor) -> Tensor | None:
-        if self.encoding is None or self.time is None:
+    def _first(self, latents: Tensor) -> Tensor:
+        return activate(self.stem(latents), self.activation)
+
+    def _moment(self, t: Tensor) -> _Moment:
+        vector = None
+        if self.encoding is not None and self.time is not None:
+            vector = F.gelu(self.time(self.encoding(t[:, None])))
+        if self.camera is not None:
+            return _Moment(vector, self.camera(t))
+        still = torch.zeros(len(t), device=t.device) if self.atlases else t
+        return _Moment(vector, (still, still, still))
+
+    def _advance(
+        self, number: int, x: Tensor, moment: _Moment, window: Window | None = None
+    ) -> tuple[Tensor, Window | None]:
+        """One stage, from 1, of whole maps or of a window."""
+        add = partial(self.atlases[str(number)], moment.camera) if str(number) in self.atlases else None
+        return self.stages[number - 1](x, moment.vector, window, self.spares[number - 1], add)
+
+    def _embeddings(self, x: Tensor) -> Tensor | None:
+        """Whole maps (N, C, H, W) to (N, rows, cols, D)."""
+        if self.clip is None:
             return None
-        return F.gelu(self.time(self.encoding(t[:, None])))
+        (rows, columns), (height, width) = self.grid, x.shape[2:]
+        patches = x.unflatten(3, (columns, width // columns)).unflatten(2, (rows, height // rows))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        return self.clip(patches).unflatten(0, (len(x), rows, columns))
+
+
+class _Moment(NamedTuple):
+    """What the stages have to know of a batch's times."""
+
+    vector: Tensor | None
+    camera: tuple[Tensor, Tensor, Tensor]
 
 
 def _select(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

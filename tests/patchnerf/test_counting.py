@@ -35,6 +35,8 @@ GRID = [
     GridConfig(width=8, frame=(40, 80), grid=(2, 4), latent_frames=(5,), latent_channels=(3,), levels=0),
     GridConfig(width=9, frame=(40, 80), grid=(2, 4), blocks=(1, 0, 2), multiple=4, clip_dim=6, clip_pool="attention"),
     GridConfig(width=9, frame=(40, 80), grid=(1, 2), blocks=(0, 1), block="residual", kernels=(3,), levels=5),
+    GridConfig(width=9, frame=(40, 80), grid=(2, 4), atlas_stages=(2, 1), atlas_channels=(3, 1), camera_frames=7),
+    GridConfig(width=9, frame=(40, 80), grid=(2, 4), atlas_stages=(3,), camera_frames=0, atlas_margin=0.4),
 ]
 
 

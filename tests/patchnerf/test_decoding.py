@@ -35,6 +35,7 @@ def network(mode, clip_dim=5, **changes):
     if mode == "grid":
         options = {"width": 8, "frame": (40, 80), "grid": GRID, "strides": ((5, 5), (2, 2), (2, 2)), "floor": 6}
         options |= {"latent_frames": (7, 3), "latent_channels": (4, 3), "levels": 4, "blocks": (1, 0)}
+        options |= {"atlas_stages": (1,)}
         net = GridDecoder(GridConfig(**options, clip_dim=clip_dim, **changes))
     else:
         options = {"fc_dim": 8, "patch": (20, 20), "stem": (2, 3), "floor": 6, "levels": 6}

@@ -38,6 +38,7 @@ def network(mode, clip_dim=16):
     torch.manual_seed(0)
     if mode == "grid":
         options = {"width": 16, "frame": (40, 80), "grid": (2, 4), "strides": ((5, 5), (2, 2), (2, 2)), "levels": 4}
+        options |= {"atlas_stages": (2,), "camera_frames": 5}
         net = GridDecoder(GridConfig(**options, latent_frames=(6, 3), latent_channels=(8, 6), clip_dim=clip_dim))
     else:
         net = CoordinateDecoder(CoordinateConfig(fc_dim=16, patch=(20, 20), stem=(2, 3), clip_dim=clip_dim))
@@ -128,7 +129,7 @@ def test_bits_of_weights_and_latents(tmp_path):
     pack(replace(before, bits=7), tmp_path / "b.lpn")
     assert set(bits(read_container(tmp_path / "b.lpn")).values()) == {7}
     parts = size_report(tmp_path / "a.lpn").parts
-    assert {"weights", "latents", "clip", "header", "tables", "scales"} == parts.keys()
+    assert {"weights", "latents", "atlases", "clip", "header", "tables", "scales"} == parts.keys()
     assert parts["latents"] < size_report(tmp_path / "b.lpn").parts["latents"]
     with pytest.raises(InputError, match="bits: expected 2 to 16, got 17"):
         pack(before, tmp_path / "c.lpn", bits=17)

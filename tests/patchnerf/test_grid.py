@@ -50,6 +50,9 @@ def crop(frames, config, row, column):
         {"frame": (48, 80), "grid": (1, 2), "strides": ((4, 5), (3, 2), (2, 4)), "clip_dim": 5, "blocks": (1,)},
         {"strides": ((2, 2), (2, 2)), "kernels": (5,), "clip_dim": 5},  # 5 x 5 latent cells a patch
         {"grid": (1, 1), "strides": ((5, 5), (2, 2))},
+        {"atlas_stages": (2,), "clip_dim": 5},
+        {"atlas_stages": (3, 1), "atlas_channels": (1, 3), "blocks": (1,), "clip_dim": 5, "clip_stage": 1},
+        {"atlas_stages": (3,), "camera_frames": 0, "atlas_margin": 0.0},
     ],
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -77,9 +80,10 @@ def test_a_batch_of_different_patches():
         assert (patches[n] - wanted).abs().max() < 1e-5
 
 
-def test_gradients_of_patches_add_up_to_those_of_the_frame():
+@pytest.mark.parametrize("changes", [{}, {"atlas_stages": (2,), "camera_frames": 4}])
+def test_gradients_of_patches_add_up_to_those_of_the_frame(changes):
     config = TINY
-    whole, parts = tiny().double(), tiny().double()
+    whole, parts = tiny(**changes).double(), tiny(**changes).double()
     target = torch.rand(1, 3, *config.frame, dtype=torch.float64)
     t = T[1:2]
     ((whole(t).rgb - target) ** 2).sum().backward()
@@ -186,7 +190,7 @@ def test_seed_decides_and_every_parameter_learns():
 
 
 def test_heads_are_fp32_under_autocast_and_maps_are_not():
-    decoder = tiny(clip_dim=4, blocks=(1,))
+    decoder = tiny(clip_dim=4, blocks=(1,), atlas_stages=(3,))
     exact = decoder(T)
     kinds = []
     decoder.stages[-1].register_forward_hook(lambda m, i, o: kinds.append(o[0].dtype))
@@ -200,7 +204,7 @@ def test_heads_are_fp32_under_autocast_and_maps_are_not():
 
 
 def test_compiles_without_graph_breaks():
-    decoder = tiny(blocks=(0, 1), clip_dim=4)
+    decoder = tiny(blocks=(0, 1), clip_dim=4, atlas_stages=(2,))
     rows, columns = torch.tensor([1, 0, 1]), torch.tensor([3, 2, 0])
     assert torch._dynamo.explain(decoder)(T).graph_break_count == 0
     compiled = torch.compile(decoder.forward_patch, backend="eager", fullgraph=True)  # a break would be an error
