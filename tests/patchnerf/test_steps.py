@@ -392,7 +392,7 @@ def test_rounding_that_begins_is_captured_anew(tmp_path, exact):
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("options", [{}, {"qat_bits": 6}, {"mode": "coordinate"}])
+@pytest.mark.parametrize("options", [{}, {"qat_bits": 6}, {"mode": "coordinate"}, {"decoder": {"atlas_stages": [1]}}])
 def test_compiled_and_captured(tmp_path, exact, options):
     eager = on_gpu(tmp_path, 3, False, model=options)
     close(eager, on_gpu(tmp_path, 3, True, model={"compile": True, **options}), 2e-2)
@@ -409,12 +409,15 @@ def test_bfloat16_is_captured_with_fresh_casts(tmp_path, exact):
 
 @pytest.mark.gpu
 @gpu
-def test_whole_frames_of_a_real_size_are_learned_alike(tmp_path):
+@pytest.mark.filterwarnings("ignore:data.data_split. 1_1_1 holds out none")
+@pytest.mark.parametrize("atlas_stages", [[], [4]])
+def test_whole_frames_of_a_real_size_are_learned_alike(tmp_path, atlas_stages):
     """The losses of a profile's own steps: bfloat16, Muon with a rate of its own, kernels that take workspaces."""
     scene = {"frames": 12, "height": 320, "width": 640, "shapes": 4}
     data = {"synthetic": scene, "sample": "frame", "batch_size": 1, "grid": [1, 2], "data_split": "1_1_1"}
     decoder = {"activation": "sin", "levels": 0, "width": 32, "strides": [5, 4, 4, 2, 2], "floor": 16, "multiple": 8}
     decoder |= {"latent_frames": [12, 6], "latent_channels": [8, 8], "reduction": 1.2}
+    decoder |= {"atlas_stages": atlas_stages, "camera_frames": 6}
     model = {"optimizer": "muon", "optimizer_options": {"muon_lr": 0.01}, "lr": 0.005, "decoder": decoder}
     found = []
     for together, graph in ((1, False), (6, False), (6, True)):
