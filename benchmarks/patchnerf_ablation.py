@@ -52,6 +52,10 @@ def _latents(frames: str, channels: str) -> list[str]:
     return ["--model.decoder.latent_frames", frames, "--model.decoder.latent_channels", channels]
 
 
+def _atlas(stage: int, points: int = 33) -> list[str]:
+    return ["--model.decoder.atlas_stages", f"[{stage}]", "--model.decoder.camera_frames", str(points)]
+
+
 COORDINATE = '{"fc_dim": 32, "hidden": 64, "floor": 16, "multiple": 1, "clip_dim": null}'
 SETTINGS: dict[str, list[str]] = {
     BASE: [],
@@ -86,8 +90,8 @@ SETTINGS: dict[str, list[str]] = {
     "kernels up to 3": ["--model.decoder.kernels", "[1,3]"],
     "reduction 1.4": ["--model.decoder.reduction", "1.4"],
     "no atlas": ["--model.decoder.atlas_stages", "[]"],
-    **{f"atlas behind stage {n}": ["--model.decoder.atlas_stages", f"[{n}]"] for n in (3, 4)},
-    "atlas, still camera": ["--model.decoder.atlas_stages", "[4]", "--model.decoder.camera_frames", "0"],
+    **{f"atlas behind stage {n}": _atlas(n) for n in (3, 4)},
+    "atlas behind stage 4, still camera": _atlas(4, points=0),
     "latents of one resolution": _latents("[132]", "[32]"),
     "latents of two resolutions": _latents("[132,33]", "[16,16]"),
     "bf16": ["--trainer.precision", "bf16-mixed"],

@@ -92,7 +92,7 @@ def grid_params(config: GridConfig) -> int:
     for i, stage in enumerate(config.atlas_stages):
         places = math.prod(atlas_size(config.map_size(stage), config.atlas_margin))
         total += nth(config.atlas_channels, i) * (places + widths[stage])
-    total += 3 * config.camera_frames if config.atlas_stages else 0
+    total += 3 * config.camera_points
     return total + _heads(widths, config.clip_dim, config.clip_stage, config.clip_pool)
 
 

@@ -106,8 +106,8 @@ class GridConfig:
     """numbers per place of each atlas"""
     atlas_margin: float = 0.15
     """how much higher and wider than a frame an atlas is"""
-    camera_frames: int = 33
-    """points in time of the camera's path over the atlases; 0 for a still camera"""
+    camera_frames: int | None = None
+    """points in time of the camera's path over the atlases; 0 for a still camera, None for those of the last latents"""
     base: float = 1.25
     """of the positional encoding of t"""
     levels: int = 16
@@ -138,7 +138,7 @@ class GridConfig:
             )
         if not 0 <= self.atlas_margin <= 1:
             raise InputError(f"model.decoder.atlas_margin: expected a share from 0 to 1, got {self.atlas_margin}")
-        if self.camera_frames < 0 or self.camera_frames == 1:
+        if self.camera_frames is not None and (self.camera_frames < 0 or self.camera_frames == 1):
             raise InputError(f"model.decoder.camera_frames: expected 0, or 2 and more, got {self.camera_frames}")
         if not self.atlas_channels or min(self.atlas_channels) < 1:
             raise InputError(f"model.decoder.atlas_channels: expected positive numbers, got {self.atlas_channels}")
@@ -177,6 +177,12 @@ class GridConfig:
     def latent_grid(self) -> Pair:
         """Rows and columns of latent cells of a frame."""
         return self.cells[0] * self.grid[0], self.cells[1] * self.grid[1]
+
+    @property
+    def camera_points(self) -> int:
+        """Points in time of the camera's path, 0 without one."""
+        points = self.latent_frames[-1] if self.camera_frames is None else self.camera_frames
+        return points if self.atlas_stages and points > 1 else 0
 
     def map_size(self, stage: int) -> Pair:
         """Rows and columns of a frame's map behind a stage, from 1."""
@@ -283,7 +289,7 @@ class GridDecoder(nn.Module):
         for i, stage in enumerate(config.atlas_stages):
             size, numbers = config.map_size(stage), nth(config.atlas_channels, i)
             self.atlases[str(stage)] = Atlas(numbers, widths[stage], size, config.atlas_margin)
-        self.camera = CameraPath(config.camera_frames) if config.atlas_stages and config.camera_frames else None
+        self.camera = CameraPath(config.camera_points) if config.camera_points else None
         self.rgb = RgbHead(widths[-1])
         self.clip_stage = config.clip_stage
         width = widths[config.clip_stage]

@@ -109,6 +109,25 @@ def test_adamw_has_atlas_and_camera():
 
 
 @pytest.mark.parametrize(
+    ("options", "points"),
+    [
+        ({}, 0),
+        ({"camera_frames": 9}, 0),
+        ({"atlas_stages": (1,)}, 6),
+        ({"atlas_stages": (1,), "latent_frames": (24,), "latent_channels": (4,)}, 24),
+        ({"atlas_stages": (1,), "camera_frames": 9}, 9),
+        ({"atlas_stages": (1,), "camera_frames": 0}, 0),
+        ({"atlas_stages": (1,), "latent_frames": (1,), "latent_channels": (4,)}, 0),
+    ],
+)
+def test_points_of_the_path(options, points):
+    latents = {"latent_frames": (24, 6), "latent_channels": (4, 4)}
+    config = GridConfig(**{"width": 8, "frame": (40, 80), "strides": ((5, 5), (2, 2)), **latents, **options})
+    assert config.camera_points == points
+    assert (GridDecoder(config).camera is None) == (points == 0)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"atlas_stages": (3,)}, r"atlas_stages: expected different stages from 1 to 2, got \(3,\)"),
