@@ -9,7 +9,10 @@ from lit_patchnerf.models.blocks import Window, without_autocast
 
 __all__ = ["Atlas", "CameraPath", "atlas_size"]
 
-ATLAS_STD = 0.1
+ATLAS_STD = 0.1  # of what is seen at the start
+# What is seen, over what is stored. Adam's steps do not depend on it, so that an atlas learns as with so many times the
+# rate: each place is seen once in a frame, where a kernel is at work everywhere.
+GAIN = 5.0
 
 
 class CameraPath(nn.Module):
@@ -60,7 +63,7 @@ class Atlas(nn.Module):
 
     Example:
         >>> atlas = Atlas(1, 1, (2, 2), margin=0.0)
-        >>> _ = atlas.values.data.copy_(torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])), atlas.mix.weight.data.fill_(1)
+        >>> _ = atlas.values.data.copy_(torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]) / GAIN), atlas.mix.weight.data.fill_(1)
         >>> right = torch.tensor([0.5])  # a quarter of the frame: half a position
         >>> atlas((torch.zeros(1), right, torch.zeros(1)), torch.zeros(1, 1, 2, 2)).flatten().tolist()
         [0.5, 1.0, 2.5, 3.0]
@@ -69,7 +72,7 @@ class Atlas(nn.Module):
     def __init__(self, channels: int, outputs: int, size: tuple[int, int], margin: float) -> None:
         super().__init__()
         self.size = size
-        self.values = nn.Parameter(ATLAS_STD * torch.randn(channels, *atlas_size(size, margin)))
+        self.values = nn.Parameter(ATLAS_STD / GAIN * torch.randn(channels, *atlas_size(size, margin)))
         self.mix = nn.Conv2d(channels, outputs, 1, bias=False)
 
     def forward(self, camera: tuple[Tensor, Tensor, Tensor], x: Tensor, window: Window | None = None) -> Tensor:
@@ -87,7 +90,7 @@ class Atlas(nn.Module):
         with without_autocast(x):
             rows = self._weights(x.shape[2], 0, down, zoom, None if window is None else window.top)
             columns = self._weights(x.shape[3], 1, right, zoom, None if window is None else window.left)
-            seen = rows[:, None] @ (self.values @ columns.mT[:, None])
+            seen = rows[:, None] @ (GAIN * self.values @ columns.mT[:, None])
         return self.mix(seen)
 
     def _weights(self, count: int, axis: int, shift: Tensor, zoom: Tensor, first: Tensor | None) -> Tensor:

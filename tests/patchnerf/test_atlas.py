@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from lit_cli.errors import InputError
 from lit_patchnerf.models import GridConfig, GridDecoder
-from lit_patchnerf.models.atlas import Atlas, CameraPath
+from lit_patchnerf.models.atlas import GAIN, Atlas, CameraPath
 from lit_patchnerf.models.blocks import Window
 from lit_patchnerf.optim import make_optimizer
 
@@ -22,7 +22,7 @@ def sampled(atlas, down, right, zoom):
     y = (y * torch.exp(-zoom) + down) * height / rows
     x = (x * torch.exp(-zoom) + right) * width / columns
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]
-    return F.grid_sample(atlas.values[None], grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(GAIN * atlas.values[None], grid, padding_mode="border", align_corners=False)
 
 
 @pytest.mark.parametrize(("down", "right", "zoom"), [(0, 0, 0), (0.1, -0.07, 0), (0, 0, 0.3), (-0.9, 0.8, -0.5)])
@@ -63,7 +63,7 @@ def test_a_still_camera_sees_the_middle():
     atlas.mix.weight.data.fill_(1.0)
     still = torch.zeros(1)
     seen = atlas((still, still, still), torch.zeros(1, 1, *SIZE))[0]
-    torch.testing.assert_close(seen, atlas.values[:, 2:14, 3:23], atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen, GAIN * atlas.values[:, 2:14, 3:23], atol=1e-5, rtol=0)
 
 
 def test_the_path_of_a_camera_is_found():
