@@ -52,8 +52,9 @@ def _latents(frames: str, channels: str) -> list[str]:
     return ["--model.decoder.latent_frames", frames, "--model.decoder.latent_channels", channels]
 
 
-def _atlas(stage: int, points: int = 33) -> list[str]:
-    return ["--model.decoder.atlas_stages", f"[{stage}]", "--model.decoder.camera_frames", str(points)]
+def _atlas(stage: int, scale: float = 1.0, points: int = 33) -> list[str]:
+    options = {"atlas_stages": f"[{stage}]", "atlas_scales": f"[{scale}]", "camera_frames": str(points)}
+    return [word for name, value in options.items() for word in (f"--model.decoder.{name}", value)]
 
 
 COORDINATE = '{"fc_dim": 32, "hidden": 64, "floor": 16, "multiple": 1, "clip_dim": null}'
@@ -90,8 +91,9 @@ SETTINGS: dict[str, list[str]] = {
     "kernels up to 3": ["--model.decoder.kernels", "[1,3]"],
     "reduction 1.4": ["--model.decoder.reduction", "1.4"],
     "no atlas": ["--model.decoder.atlas_stages", "[]"],
-    **{f"atlas behind stage {n}": _atlas(n) for n in (3, 4)},
-    "atlas behind stage 4, still camera": _atlas(4, points=0),
+    **{f"atlas behind stage {n}, half as fine": _atlas(n, 0.5) for n in (4, 5)},
+    "atlas behind stage 4": _atlas(4),
+    "atlas behind stage 5, half as fine, still camera": _atlas(5, 0.5, points=0),
     "latents of one resolution": _latents("[132]", "[32]"),
     "latents of two resolutions": _latents("[132,33]", "[16,16]"),
     "bf16": ["--trainer.precision", "bf16-mixed"],

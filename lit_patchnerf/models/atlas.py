@@ -54,25 +54,28 @@ class Atlas(nn.Module):
     Args:
         channels: Of the learned maps.
         outputs: Of the map that it is added to.
-        size: Rows and columns of that map for a whole frame; the atlas is as fine.
-        margin: How much higher and wider than the frame it is, as a share.
+        size: Rows and columns of that map for a whole frame.
+        margin: How much higher and wider than the frame the atlas is, as a share.
+        scale: Places of the atlas for each position of the map, along rows and along columns.
 
     Source:
         The idea is that of Layered Neural Atlases (arXiv 2109.11418), here of one layer, with a grid in place of an
         MLP, and a camera in place of a mapping of each pixel.
 
     Example:
-        >>> atlas = Atlas(1, 1, (2, 2), margin=0.0)
+        >>> atlas = Atlas(1, 1, (2, 2))
         >>> _ = atlas.values.data.copy_(torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]) / GAIN), atlas.mix.weight.data.fill_(1)
         >>> right = torch.tensor([0.5])  # a quarter of the frame: half a position
         >>> atlas((torch.zeros(1), right, torch.zeros(1)), torch.zeros(1, 1, 2, 2)).flatten().tolist()
         [0.5, 1.0, 2.5, 3.0]
     """
 
-    def __init__(self, channels: int, outputs: int, size: tuple[int, int], margin: float) -> None:
+    def __init__(
+        self, channels: int, outputs: int, size: tuple[int, int], margin: float = 0.0, scale: float = 1.0
+    ) -> None:
         super().__init__()
-        self.size = size
-        self.values = nn.Parameter(ATLAS_STD / GAIN * torch.randn(channels, *atlas_size(size, margin)))
+        self.size, self.scale = size, scale
+        self.values = nn.Parameter(ATLAS_STD / GAIN * torch.randn(channels, *atlas_size(size, margin, scale)))
         self.mix = nn.Conv2d(channels, outputs, 1, bias=False)
 
     def forward(self, camera: tuple[Tensor, Tensor, Tensor], x: Tensor, window: Window | None = None) -> Tensor:
@@ -95,11 +98,11 @@ class Atlas(nn.Module):
 
     def _weights(self, count: int, axis: int, shift: Tensor, zoom: Tensor, first: Tensor | None) -> Tensor:
         """(N, count, rows or columns of the atlas): how much of each is seen at each position."""
-        frame, extent = self.size[axis], self.values.shape[1 + axis]
+        size, extent = self.size[axis], self.values.shape[1 + axis]
         positions = torch.arange(count, device=shift.device) + (0 if first is None else first[:, None])
-        centred = (positions + 0.5) / (frame / 2) - 1  # -1 to 1 across the frame
+        centred = (positions + 0.5) / (size / 2) - 1  # -1 to 1 across the frame
         looked = centred * (-zoom).exp()[:, None] + shift[:, None]
-        places = (looked * (frame / 2) + (extent - 1) / 2).clamp(0, extent - 1)
+        places = (looked * (size * self.scale / 2) + (extent - 1) / 2).clamp(0, extent - 1)
         # A hat's derivative is 0 at its tip, where all positions of a camera at rest lie: so the slope to the right.
         before = places.detach().floor()
         share = (places - before)[:, :, None]
@@ -107,11 +110,11 @@ class Atlas(nn.Module):
         return (distance == 0) * (1 - share) + (distance == 1) * share
 
 
-def atlas_size(size: tuple[int, int], margin: float) -> tuple[int, int]:
+def atlas_size(size: tuple[int, int], margin: float, scale: float = 1.0) -> tuple[int, int]:
     """Rows and columns of an atlas; it exceeds the frame by as much on either side.
 
-    >>> atlas_size((160, 320), 0.15)
-    (184, 368)
+    >>> atlas_size((160, 320), 0.15), atlas_size((160, 320), 0.15, 0.5)
+    ((184, 368), (92, 184))
     """
-    rows, columns = (n + 2 * round(n * margin / 2) for n in size)
+    rows, columns = (max(1, round(n * scale)) + 2 * round(n * scale * margin / 2) for n in size)
     return rows, columns

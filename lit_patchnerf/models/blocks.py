@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ Activation = Literal["gelu", "sin"]
 Block = Literal["convnext", "residual"]
 Pool = Literal["mean", "attention"]
 Pair = tuple[int, int]
+Entry = TypeVar("Entry")
 
 
 class Decoded(NamedTuple):
@@ -51,7 +52,7 @@ class Decoded(NamedTuple):
     clip: Tensor | None
 
 
-def nth(values: Sequence[int], index: int) -> int:
+def nth(values: Sequence[Entry], index: int) -> Entry:
     """An entry of a list whose last one repeats.
 
     >>> [nth((1, 3, 5), i) for i in range(5)]

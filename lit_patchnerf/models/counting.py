@@ -90,8 +90,8 @@ def grid_params(config: GridConfig) -> int:
         total += nth(config.blocks, i) * _block(widths[i + 1], config.block)
         total += 2 * (vector + 1) * widths[i + 1] if vector else 0
     for i, stage in enumerate(config.atlas_stages):
-        places = math.prod(atlas_size(config.map_size(stage), config.atlas_margin))
-        total += nth(config.atlas_channels, i) * (places + widths[stage])
+        size = atlas_size(config.map_size(stage), config.atlas_margin, nth(config.atlas_scales, i))
+        total += nth(config.atlas_channels, i) * (math.prod(size) + widths[stage])
     total += 3 * config.camera_points
     return total + _heads(widths, config.clip_dim, config.clip_stage, config.clip_pool)
 

@@ -104,6 +104,8 @@ class GridConfig:
     """stages whose map, before the activation, an atlas is added to, from 1; empty for no atlas"""
     atlas_channels: tuple[int, ...] = (1,)
     """numbers per place of each atlas"""
+    atlas_scales: tuple[float, ...] = (1.0,)
+    """places for each position of the map, along rows and along columns, of each atlas"""
     atlas_margin: float = 0.15
     """how much higher and wider than a frame an atlas is"""
     camera_frames: int | None = None
@@ -140,6 +142,10 @@ class GridConfig:
             raise InputError(f"model.decoder.atlas_margin: expected a share from 0 to 1, got {self.atlas_margin}")
         if self.camera_frames is not None and (self.camera_frames < 0 or self.camera_frames == 1):
             raise InputError(f"model.decoder.camera_frames: expected 0, or 2 and more, got {self.camera_frames}")
+        if not self.atlas_scales or not all(0 < scale <= 1 for scale in self.atlas_scales):
+            raise InputError(
+                f"model.decoder.atlas_scales: expected numbers above 0 and up to 1, got {self.atlas_scales}"
+            )
         if not self.atlas_channels or min(self.atlas_channels) < 1:
             raise InputError(f"model.decoder.atlas_channels: expected positive numbers, got {self.atlas_channels}")
         if min(self.grid) < 1 or any(f < 1 or f % g for f, g in zip(self.frame, self.grid, strict=True)):
@@ -287,8 +293,9 @@ class GridDecoder(nn.Module):
         )
         self.atlases = nn.ModuleDict()  # by the number of their stage
         for i, stage in enumerate(config.atlas_stages):
-            size, numbers = config.map_size(stage), nth(config.atlas_channels, i)
-            self.atlases[str(stage)] = Atlas(numbers, widths[stage], size, config.atlas_margin)
+            numbers, scale = nth(config.atlas_channels, i), nth(config.atlas_scales, i)
+            atlas = Atlas(numbers, widths[stage], config.map_size(stage), config.atlas_margin, scale)
+            self.atlases[str(stage)] = atlas
         self.camera = CameraPath(config.camera_points) if config.camera_points else None
         self.rgb = RgbHead(widths[-1])
         self.clip_stage = config.clip_stage

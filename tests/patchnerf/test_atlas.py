@@ -19,17 +19,18 @@ def sampled(atlas, down, right, zoom):
     y = (torch.arange(height) + 0.5) / height * 2 - 1
     x = (torch.arange(width) + 0.5) / width * 2 - 1
     rows, columns = atlas.values.shape[1:]
-    y = (y * torch.exp(-zoom) + down) * height / rows
-    x = (x * torch.exp(-zoom) + right) * width / columns
+    y = (y * torch.exp(-zoom) + down) * height * atlas.scale / rows
+    x = (x * torch.exp(-zoom) + right) * width * atlas.scale / columns
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]
     return F.grid_sample(GAIN * atlas.values[None], grid, padding_mode="border", align_corners=False)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize(("down", "right", "zoom"), [(0, 0, 0), (0.1, -0.07, 0), (0, 0, 0.3), (-0.9, 0.8, -0.5)])
-def test_against_grid_sample(down, right, zoom):
+def test_against_grid_sample(down, right, zoom, scale):
     torch.manual_seed(0)
-    atlas = Atlas(3, 5, SIZE, margin=0.3)
-    assert atlas.values.shape == (3, 16, 26)
+    atlas = Atlas(3, 5, SIZE, 0.3, scale)
+    assert atlas.values.shape == ((3, 16, 26) if scale == 1 else (3, 8, 14))
     camera = [torch.tensor([float(v)], requires_grad=True) for v in (down, right, zoom)]
     theirs = [torch.tensor(float(v), requires_grad=True) for v in (down, right, zoom)]
     mine = atlas(tuple(camera), torch.zeros(1, 5, *SIZE))
@@ -134,6 +135,8 @@ def test_points_of_the_path(options, points):
         ({"atlas_stages": (0,)}, "atlas_stages: expected different stages from 1 to 2"),
         ({"atlas_stages": (1, 1)}, "atlas_stages: expected different stages from 1 to 2"),
         ({"atlas_channels": ()}, "atlas_channels: expected positive numbers"),
+        ({"atlas_scales": (0.0,)}, r"atlas_scales: expected numbers above 0 and up to 1, got \(0.0,\)"),
+        ({"atlas_scales": (2.0,)}, "atlas_scales: expected numbers above 0 and up to 1"),
         ({"atlas_margin": -0.1}, "atlas_margin: expected a share from 0 to 1, got -0.1"),
         ({"camera_frames": 1}, "camera_frames: expected 0, or 2 and more, got 1"),
     ],

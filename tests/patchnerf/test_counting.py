@@ -36,7 +36,7 @@ GRID = [
     GridConfig(width=9, frame=(40, 80), grid=(2, 4), blocks=(1, 0, 2), multiple=4, clip_dim=6, clip_pool="attention"),
     GridConfig(width=9, frame=(40, 80), grid=(1, 2), blocks=(0, 1), block="residual", kernels=(3,), levels=5),
     GridConfig(width=9, frame=(40, 80), grid=(2, 4), atlas_stages=(2, 1), atlas_channels=(3, 1), camera_frames=7),
-    GridConfig(width=9, frame=(40, 80), grid=(2, 4), atlas_stages=(3,), camera_frames=0, atlas_margin=0.4),
+    GridConfig(width=9, frame=(40, 80), grid=(2, 4), atlas_stages=(3,), atlas_scales=(0.3,), atlas_margin=0.4),
 ]
 
 

@@ -51,7 +51,14 @@ def crop(frames, config, row, column):
         {"strides": ((2, 2), (2, 2)), "kernels": (5,), "clip_dim": 5},  # 5 x 5 latent cells a patch
         {"grid": (1, 1), "strides": ((5, 5), (2, 2))},
         {"atlas_stages": (2,), "clip_dim": 5},
-        {"atlas_stages": (3, 1), "atlas_channels": (1, 3), "blocks": (1,), "clip_dim": 5, "clip_stage": 1},
+        {
+            "atlas_stages": (3, 1),
+            "atlas_channels": (1, 3),
+            "atlas_scales": (0.5, 1.0),
+            "blocks": (1,),
+            "clip_dim": 5,
+            "clip_stage": 1,
+        },
         {"atlas_stages": (3,), "camera_frames": 0, "atlas_margin": 0.0},
     ],
 )
