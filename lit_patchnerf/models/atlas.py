@@ -76,7 +76,7 @@ class Atlas(nn.Module):
         super().__init__()
         self.size, self.scale = size, scale
         self.values = nn.Parameter(ATLAS_STD / GAIN * torch.randn(channels, *atlas_size(size, margin, scale)))
-        self.mix = nn.Conv2d(channels, outputs, 1, bias=False)
+        self.mix = nn.Linear(channels, outputs, bias=False)
 
     def forward(self, camera: tuple[Tensor, Tensor, Tensor], x: Tensor, window: Window | None = None) -> Tensor:
         """What is seen at the positions of a map.
@@ -94,7 +94,8 @@ class Atlas(nn.Module):
             rows = self._weights(x.shape[2], 0, down, zoom, None if window is None else window.top)
             columns = self._weights(x.shape[3], 1, right, zoom, None if window is None else window.left)
             seen = rows[:, None] @ (GAIN * self.values @ columns.mT[:, None])
-        return self.mix(seen)
+        # With channels last, as the map is that it is added to: reading the other order would cost more than this.
+        return self.mix(seen.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _weights(self, count: int, axis: int, shift: Tensor, zoom: Tensor, first: Tensor | None) -> Tensor:
         """(N, count, rows or columns of the atlas): how much of each is seen at each position."""

@@ -34,7 +34,7 @@ def test_against_grid_sample(down, right, zoom, scale):
     camera = [torch.tensor([float(v)], requires_grad=True) for v in (down, right, zoom)]
     theirs = [torch.tensor(float(v), requires_grad=True) for v in (down, right, zoom)]
     mine = atlas(tuple(camera), torch.zeros(1, 5, *SIZE))
-    wanted = F.conv2d(sampled(atlas, *theirs), atlas.mix.weight)
+    wanted = F.conv2d(sampled(atlas, *theirs), atlas.mix.weight[:, :, None, None])
     torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-5)
     weight = torch.randn_like(mine)
     found = torch.autograd.grad((mine * weight).sum(), [*camera, atlas.values], retain_graph=True)
