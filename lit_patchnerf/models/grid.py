@@ -366,10 +366,10 @@ class GridDecoder(nn.Module):
         vector = None
         if self.encoding is not None and self.time is not None:
             vector = F.gelu(self.time(self.encoding(t[:, None])))
-        if self.camera is not None:
-            return _Moment(vector, self.camera(t))
-        still = torch.zeros(len(t), device=t.device) if self.atlases else t
-        return _Moment(vector, (still, still, still))
+        if not self.atlases:
+            return _Moment(vector, None)
+        still = torch.zeros_like(t)
+        return _Moment(vector, (still, still, still) if self.camera is None else self.camera(t))
 
     def _advance(
         self, number: int, x: Tensor, moment: _Moment, window: Window | None = None
@@ -392,7 +392,7 @@ class _Moment(NamedTuple):
     """What the stages have to know of a batch's times."""
 
     vector: Tensor | None
-    camera: tuple[Tensor, Tensor, Tensor]
+    camera: tuple[Tensor, Tensor, Tensor] | None
 
 
 def _select(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
